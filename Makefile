@@ -1,0 +1,24 @@
+# Every target makes or refreshes .venv by itself (startup.sh; quick when nothing changed).
+PY := .venv/bin/python
+RUN ?= runs/demo
+
+.PHONY: demo test lint venv clean
+
+venv:
+	@./startup.sh
+
+demo: venv
+	$(PY) dictionary_learning/demo.py --preset embedded --save_dir $(RUN) --overwrite
+
+test: venv
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest
+
+lint: venv
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

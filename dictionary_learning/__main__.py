@@ -1,0 +1,5 @@
+import sys
+
+from dictionary_learning.cli import main
+
+sys.exit(main())

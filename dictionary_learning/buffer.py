@@ -1,0 +1,352 @@
+"""ActivationBuffer: mixes the activations of many contexts into training batches, never touching the disk.
+
+In: an activation source (the language model by default). Out: batches [B, D] drawn without replacement from the whole
+buffer.
+
+The buffer is a ring of slots allocated once. A drawn row's slot is free at once, and as soon as the free slots hold
+one forward's worth of activations, that one forward runs and its rows go into exactly those slots. So the buffer stays
+between full and one forward short of full, refilling costs one forward at a time instead of a long stall, nothing is
+concatenated or copied, and every harvested row is trained on once. A slot's row waits a random time, so neighbours in
+text are spread over many batches; `mixing()` measures it.
+
+Which slots are drawn is decided on the CPU by a generator of its own: the same seed draws the same slots on every
+device, and drawing never waits for the device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dictionary_learning.activations.types import ActivationBatch, ActivationSource, Provenance
+from dictionary_learning.errors import UserError
+
+IO: dict[str, tuple[Literal["in", "out"], ...]] = {"in": ("in",), "out": ("out",), "in_and_out": ("in", "out")}
+
+
+class ActivationBuffer:
+    """Iterates over batches of activations: a tensor [B, D] for one hook point, a dict of name -> [B, D] for several,
+    a tensor [B, 2, D] (input, output) for `io="in_and_out"`.
+
+    Args:
+        data: texts (a list, a generator, a `TextStream`); None when `model` is an activation source.
+        model: a language model (nnsight, transformers, `TracedLM`, a Hub id or folder), or an activation source.
+        submodule: the hook point(s): a module of the model, a name such as "resid_post_layer_8", or a list of them.
+        d_submodule: their width; found by a probe when None, checked against it otherwise.
+        n_ctxs: size of the buffer in contexts of `ctx_len` tokens.
+        refresh_batch_size: contexts in one forward of the model.
+        out_batch_size: rows B of a batch; the last batches of a stream that ends may be shorter.
+        remove_bos: drop the activations of special tokens.
+        max_activation_norm_multiple: drop rows whose norm is above this multiple of the median norm.
+        packing: fill contexts with consecutive documents instead of one document a context.
+        seed: of the generator that draws slots.
+        provenance: keep document, position, token and corpus of every row; `draw()` delivers them.
+
+    Raises:
+        UserError: a buffer too small for one forward and one batch, an unknown hook point, a wrong width.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        model: Any,
+        submodule: Any = None,
+        d_submodule: int | None = None,
+        io: str = "out",
+        n_ctxs: float = 3e4,
+        ctx_len: int = 128,
+        refresh_batch_size: int = 512,
+        out_batch_size: int = 8192,
+        device: torch.device | str = "cpu",
+        remove_bos: bool = False,
+        add_special_tokens: bool = True,
+        max_activation_norm_multiple: float | None = None,
+        *,
+        packing: bool = True,
+        seed: int = 0,
+        provenance: bool = False,
+    ) -> None:
+        if io not in IO:
+            raise UserError(f"io must be one of {', '.join(IO)}, got '{io}'.")
+        if out_batch_size < 1:
+            raise UserError(f"out_batch_size must be at least 1, got {out_batch_size}.")
+        self.io, self.n_ctxs, self.ctx_len = io, int(n_ctxs), ctx_len
+        self.refresh_batch_size, self.out_batch_size = refresh_batch_size, int(out_batch_size)
+        self.device, self.remove_bos, self.packing, self.seed = torch.device(device), remove_bos, packing, seed
+        self.max_activation_norm_multiple = max_activation_norm_multiple
+        self.add_special_tokens = add_special_tokens
+        self.data, self.model, self.submodule = data, model, submodule
+        self.source: ActivationSource
+        if isinstance(model, ActivationSource):
+            if data is not None or submodule is not None:
+                raise UserError("With an activation source in place of the model, data and submodule must be None.")
+            if remove_bos or max_activation_norm_multiple is not None:
+                raise UserError(
+                    "remove_bos and max_activation_norm_multiple are for a language model: an activation source has "
+                    "chosen its rows already."
+                )
+            self.source = model
+        else:
+            self.source = self._language_model_source()
+        self.d_submodule = self._checked_width(d_submodule)
+
+        self.capacity = self.n_ctxs * self.ctx_len
+        smallest = self.source.max_rows + self.out_batch_size
+        if self.capacity < smallest:
+            raise UserError(
+                f"The buffer is too small: n_ctxs {self.n_ctxs:,} x ctx_len {self.ctx_len} = {self.capacity:,} rows "
+                f"must hold one forward ({self.source.max_rows:,} rows) and one batch ({self.out_batch_size:,}); "
+                f"set n_ctxs to at least {-(-smallest // self.ctx_len):,} or make the batches smaller."
+            )
+        self._rows = {
+            name: torch.zeros(self.capacity, width, dtype=self.source.dtype, device=self.device)
+            for name, width in self.source.widths.items()
+        }
+        fields = len(Provenance._fields)
+        self._provenance = torch.zeros(fields, self.capacity, dtype=torch.long) if provenance else None
+        self._context = np.full(self.capacity, -1, dtype=np.int64)  # context of each slot's row, to measure mixing
+        self._slots = np.arange(self.capacity, dtype=np.int64)  # the first n_live are filled, the others free
+        self._n_live = 0
+        self._rng = np.random.default_rng(seed)
+        self._exhausted = False
+        self._last_contexts = np.empty(0, dtype=np.int64)  # of the rows of the last batch
+        self.rows_drawn = 0
+
+    def _language_model_source(self) -> ActivationSource:
+        from dictionary_learning.activations.language_model import LanguageModelActivations, TracedLM
+        from dictionary_learning.packing import ContextPacker
+
+        if self.submodule is None:
+            raise UserError(
+                "The buffer needs a hook point: a submodule of the model, or a name as 'resid_post_layer_0'."
+            )
+        by_name = isinstance(self.model, str | os.PathLike)  # a model given as an object stays on its device
+        lm = TracedLM.load(self.model, device=self.device if by_name else None)
+        packer = ContextPacker(
+            self.data,
+            lm.tokenizer,
+            ctx_len=self.ctx_len,
+            batch_contexts=self.refresh_batch_size,
+            packing=self.packing,
+            add_special_tokens=self.add_special_tokens,
+        )
+        wanted = self.submodule if isinstance(self.submodule, list | tuple) else [self.submodule]
+        return LanguageModelActivations(
+            lm,
+            packer,
+            [point for end in IO[self.io] for point in lm.resolve(wanted, io=end)],
+            remove_special=self.remove_bos,
+            provenance=True,
+            max_activation_norm_multiple=self.max_activation_norm_multiple,
+        )
+
+    def _checked_width(self, d_submodule: int | None) -> int | None:
+        widths = set(self.source.widths.values())
+        if d_submodule is not None and widths != {d_submodule}:
+            raise UserError(f"d_submodule is {d_submodule}, but the activations have width {sorted(widths)}.")
+        if self.io == "in_and_out" and (len(self.source.widths) != 2 or len(widths) != 1):
+            raise UserError(f"io='in_and_out' needs one input and one output of equal width, got {self.source.widths}.")
+        return widths.pop() if len(widths) == 1 else None
+
+    # ------------------------------------------------------------------------------------------- drawing
+
+    def __iter__(self) -> Iterator[Tensor | dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> Tensor | dict[str, Tensor]:
+        acts = self.draw().acts
+        if self.io == "in_and_out":
+            return torch.stack(list(acts.values()), dim=1)
+        return next(iter(acts.values())) if len(acts) == 1 else acts
+
+    @torch.no_grad()
+    def draw(self) -> ActivationBatch:
+        """The next batch with the provenance of its rows (None unless the buffer was asked to keep it).
+
+        Raises:
+            StopIteration: the source is exhausted and every row was drawn.
+        """
+        self.refresh()
+        count = min(self.out_batch_size, self._n_live)
+        if count == 0:
+            raise StopIteration
+        slots = self._take(count)
+        index = torch.from_numpy(slots)
+        on_device = index.to(self.device, non_blocking=True)
+        acts = {name: rows.index_select(0, on_device) for name, rows in self._rows.items()}
+        self._last_contexts = self._context[slots]
+        self.rows_drawn += count
+        return ActivationBatch(acts, None if self._provenance is None else Provenance(*self._provenance[:, index]))
+
+    def _take(self, count: int) -> np.ndarray:
+        """Draw `count` filled slots uniformly without replacement and free them, in time that grows with `count` only.
+
+        They trade places with the last `count` filled ones, so they are the first free ones that are filled again.
+        """
+        places = self._rng.choice(self._n_live, size=count, replace=False)
+        drawn = self._slots[places]
+        self._n_live -= count
+        tail = self._slots[self._n_live : self._n_live + count]
+        stays = np.ones(count, dtype=bool)  # the slots of the tail that were not drawn fill the holes before it
+        stays[places[places >= self._n_live] - self._n_live] = False
+        self._slots[places[places < self._n_live]] = tail[stays]
+        tail[:] = drawn
+        return drawn
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Run forwards while a whole one fits into the free slots."""
+        while not self._exhausted and self.capacity - self._n_live >= self.source.max_rows:
+            try:
+                batch = next(self.source)
+            except StopIteration:
+                self._exhausted = True
+                return
+            self._store(batch)
+
+    def _store(self, batch: ActivationBatch) -> None:
+        count = len(next(iter(batch.acts.values())))
+        if count > self.source.max_rows:
+            raise ValueError(
+                f"The activation source gave {count} rows at once, above its max_rows {self.source.max_rows}."
+            )
+        slots = self._slots[self._n_live : self._n_live + count]
+        index = torch.from_numpy(slots)
+        on_device = index.to(self.device, non_blocking=True)
+        for name, rows in self._rows.items():
+            rows.index_copy_(0, on_device, batch.acts[name].to(rows.device, rows.dtype))
+        if batch.provenance is not None:
+            self._context[slots] = batch.provenance.context_N.cpu().numpy()
+        if self._provenance is not None:
+            if batch.provenance is None:
+                raise UserError("Provenance was asked of the buffer, but its activation source does not know it.")
+            self._provenance[:, index] = torch.stack(list(batch.provenance)).cpu()
+        self._n_live += count
+
+    # ------------------------------------------------------------------------------------------- measures
+
+    def mixing(self) -> dict[str, float]:
+        """How well the last batch was mixed: the mean number of rows from one context, and the share of its rows that
+        stand alone (1.0 means that no two rows of the batch share a context). Empty where contexts are not known."""
+        contexts, counts = np.unique(self._last_contexts, return_counts=True)
+        if len(contexts) == 0 or contexts[0] < 0:
+            return {}
+        rows = len(self._last_contexts)
+        return {"rows_per_context": rows / len(contexts), "rows_alone": float((counts == 1).sum()) / rows}
+
+    @torch.no_grad()
+    def mean_squared_norm(self, name: str | None = None) -> float:
+        """Mean squared norm of the rows now in the buffer, of a hook point (default: the first)."""
+        self.refresh()
+        rows = self._rows[name or next(iter(self._rows))]
+        if self._n_live == 0:
+            raise UserError("The buffer is empty: the activation source gave no rows.")
+        live = torch.from_numpy(np.sort(self._slots[: self._n_live])).to(self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for part in live.split(4096):  # small parts, so that the copy in double precision stays small beside the ring
+            total += rows[part].double().pow_(2).sum()
+        return total.item() / self._n_live
+
+    @property
+    def hook_points(self) -> list[str]:
+        """Names of the hook points, in the order of the model's execution."""
+        return list(self._rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows on the device."""
+        return sum(rows.numel() * rows.element_size() for rows in self._rows.values())
+
+    @property
+    def activations(self) -> Tensor | dict[str, Tensor]:
+        """The ring itself: [capacity, D], or a dict of them. Slots that were drawn hold stale rows."""
+        return next(iter(self._rows.values())) if len(self._rows) == 1 else self._rows
+
+    # ------------------------------------------------------------------------------------------- the field's surface
+
+    def text_batch(self, batch_size: int | None = None) -> list[str]:
+        """The next texts of the stream. Raises StopIteration at its end."""
+        stream = self._packer().texts
+        return [next(stream).text for _ in range(batch_size or self.refresh_batch_size)]
+
+    def tokenized_batch(self, batch_size: int | None = None) -> Any:
+        """The next texts, tokenised, padded and cut to `ctx_len`."""
+        packer = self._packer()
+        tokenizer = packer.tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(packer.pad)
+        return tokenizer(
+            self.text_batch(batch_size),
+            return_tensors="pt",
+            max_length=self.ctx_len,
+            padding=True,
+            truncation=True,
+            add_special_tokens=self.add_special_tokens,
+        )
+
+    def _packer(self) -> Any:
+        packer = getattr(self.source, "contexts", None)
+        if packer is None:
+            raise UserError("This buffer reads activations, not texts.")
+        return packer
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Settings, as config.json keeps them under "buffer"."""
+        return {
+            "d_submodule": self.d_submodule,
+            "io": self.io,
+            "n_ctxs": self.n_ctxs,
+            "ctx_len": self.ctx_len,
+            "refresh_batch_size": self.refresh_batch_size,
+            "out_batch_size": self.out_batch_size,
+            "device": str(self.device),
+            "remove_bos": self.remove_bos,
+            "add_special_tokens": self.add_special_tokens,
+            "packing": self.packing,
+            "max_activation_norm_multiple": self.max_activation_norm_multiple,
+            "seed": self.seed,
+        }
+
+    def close(self) -> None:
+        """Close the text stream, where it can be closed."""
+        close = getattr(self.data, "close", None)
+        if close is not None:
+            close()
+
+    # ------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows, which slots are filled, the generator, and the source's position. Tensors are copies on the CPU."""
+        return {
+            "rows": {name: rows.to("cpu", copy=True) for name, rows in self._rows.items()},
+            "provenance": None if self._provenance is None else self._provenance.clone(),
+            "context": torch.from_numpy(self._context.copy()),
+            "slots": torch.from_numpy(self._slots.copy()),
+            "n_live": self._n_live,
+            "rng": self._rng.bit_generator.state,
+            "exhausted": self._exhausted,
+            "rows_drawn": self.rows_drawn,
+            "source": self.source.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        shapes = {name: rows.shape for name, rows in state["rows"].items()}
+        if shapes != {name: rows.shape for name, rows in self._rows.items()}:
+            raise UserError("The saved buffer has another size or other hook points than this one.")
+        if self._provenance is not None and state["provenance"] is None:
+            raise UserError("The saved buffer kept no provenance, but this one is asked for it.")
+        for name, rows in self._rows.items():
+            rows.copy_(state["rows"][name])
+        if self._provenance is not None:
+            self._provenance.copy_(state["provenance"])
+        self._context[:], self._slots[:] = state["context"].numpy(), state["slots"].numpy()
+        self._n_live, self.rows_drawn = state["n_live"], state["rows_drawn"]
+        self._rng.bit_generator.state = state["rng"]
+        self._exhausted = state["exhausted"]
+        self.source.load_state_dict(state["source"])

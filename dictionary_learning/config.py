@@ -1,0 +1,226 @@
+"""The typed configuration of a run, from what users edit (`Preset`, `Sweep` in demo_config.py) to what is recorded.
+
+`Preset` says which model, corpus and sizes fit together, `Sweep` what to train at each hook point. Resolved with the
+command line they give one `RunConfig`, which holds every number of the run and goes to and from JSON or YAML; an error
+names the field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from dictionary_learning.errors import UserError, did_you_mean
+
+CONFIG_VERSION = 1
+_STRICT = {"extra": "forbid"}  # unknown keys are errors
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model with a corpus and the sizes that fit it."""
+
+    model_name: str
+    """A model on the Hub, a local folder, or "embedded"."""
+    corpus: str
+    layers: tuple[int, ...]
+    widths: tuple[int, ...]
+    """Latents of a dictionary."""
+    num_tokens: int
+    """Activations to train on."""
+    ctx_len: int = 128
+    """Tokens in a context."""
+    harvest_contexts: int = 32
+    """Contexts in one forward of the model."""
+    buffer_contexts: int = 1024
+    """Contexts' worth of activations that the buffer mixes."""
+    batch_size: int = 2048
+    """Activations in a training step."""
+    dtype: str = "float32"
+    """Of the model and the buffer; dictionaries train in float32."""
+    eval_tokens: int = 20_000
+    eval_contexts: int = 16
+    """Contexts in one forward of the evaluation."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to train at each hook point: every combination of what stands here."""
+
+    architectures: tuple[str, ...]
+    sparsities: Mapping[str, Mapping[str, tuple[float, ...]]]
+    """Architecture -> {the trainer's sparsity argument: its values}."""
+    learning_rates: tuple[float | None, ...] = (None,)
+    """None is the rule that fits width and length."""
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class DictionarySpec:
+    """One dictionary of a run."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    architecture: str
+    hook_point: str
+    width: int
+    sparsity: dict[str, float]
+    lr: float | None = None
+    seed: int = 0
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Arguments of the trainer that this spec decides."""
+        return {
+            "dict_size": self.width,
+            "lr": self.lr,
+            "seed": self.seed,
+            "submodule_name": self.hook_point,
+            **{name: int(v) if float(v).is_integer() else v for name, v in self.sparsity.items()},
+        }
+
+    @property
+    def label(self) -> str:
+        """A short name for tables and logs."""
+        sparsity = " ".join(f"{name}={value:g}" for name, value in self.sparsity.items())
+        return f"{self.architecture} {sparsity} m={self.width} {self.hook_point}"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides what a run computes."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    model_name: str
+    corpus: str
+    dictionaries: list[DictionarySpec]
+    num_tokens: int
+    ctx_len: int
+    harvest_contexts: int
+    buffer_contexts: int
+    batch_size: int
+    dtype: str
+    eval_tokens: int
+    eval_contexts: int
+    heldout_fraction: float = 0.05
+    remove_bos: bool = True
+    max_activation_norm_multiple: float | None = 10.0
+    normalize_activations: bool = True
+    seed: int = 0
+    version: int = CONFIG_VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != CONFIG_VERSION:
+            raise UserError(f"This configuration has version {self.version}, this program reads version {CONFIG_VERSION}.")
+        if not self.dictionaries:
+            raise UserError("The run has no dictionaries: name at least one architecture and one sparsity.")
+        for name in ("num_tokens", "ctx_len", "harvest_contexts", "buffer_contexts", "batch_size", "eval_tokens", "eval_contexts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be positive, got {getattr(self, name)}.")
+        if not 0 < self.heldout_fraction < 1:
+            raise UserError(f"heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}.")
+        if self.num_tokens < self.batch_size:
+            raise UserError(f"num_tokens {self.num_tokens} is less than one batch of {self.batch_size} activations.")
+
+    @property
+    def steps(self) -> int:
+        """Training steps: whole batches in `num_tokens`."""
+        return self.num_tokens // self.batch_size
+
+    @property
+    def hook_points(self) -> list[str]:
+        """The hook points of the dictionaries, each once."""
+        return list(dict.fromkeys(spec.hook_point for spec in self.dictionaries))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def resolve(
+    preset: Preset,
+    sweep: Sweep,
+    *,
+    hook_points: Sequence[str],
+    architectures: Sequence[str] | None = None,
+    widths: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
+    learning_rates: Sequence[float] | None = None,
+    **changes: Any,
+) -> RunConfig:
+    """The configuration of a run: a preset, a sweep, and what the command line gave in their place.
+
+    Raises:
+        UserError: an architecture that is unknown or has no sparsities in the sweep, a bad size, a repeated dictionary.
+    """
+    from dictionary_learning.trainers import trainer_class
+
+    specs = []
+    for hook_point, architecture in itertools.product(hook_points, architectures or sweep.architectures):
+        trainer_class(architecture)
+        if not (choices := sweep.sparsities.get(architecture)):
+            raise UserError(f"The sweep has no sparsities for '{architecture}': add them to demo_config.py.")
+        settings = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+        for width, sparsity, lr, seed in itertools.product(
+            widths or preset.widths, settings, learning_rates or sweep.learning_rates, seeds or sweep.seeds
+        ):
+            specs.append(DictionarySpec(architecture, hook_point, width, sparsity, lr, seed))
+    for index, spec in enumerate(specs):
+        if spec in specs[:index]:
+            raise UserError(f"The sweep names the dictionary '{spec.label}' twice.")
+    shared = {f.name for f in dataclasses.fields(Preset)} & {f.name for f in dataclasses.fields(RunConfig)}
+    values = {name: getattr(preset, name) for name in shared}
+    values |= {name: value for name, value in changes.items() if value is not None}
+    return RunConfig(dictionaries=specs, **values)
+
+
+def config_from_dict(data: Any, where: str = "configuration") -> RunConfig:
+    """A checked `RunConfig` from plain data.
+
+    Raises:
+        UserError: names the field that is unknown, missing or of the wrong kind.
+    """
+    import pydantic
+
+    try:
+        return pydantic.TypeAdapter(RunConfig).validate_python(data)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the top level"
+        if first["type"] == "unexpected_keyword_argument":
+            owner = DictionarySpec if len(first["loc"]) > 1 else RunConfig
+            known = [f.name for f in dataclasses.fields(owner)]
+            raise UserError(f"{where}: unknown field '{place}'.{did_you_mean(first['loc'][-1], known)}") from None
+        raise UserError(f"{where}: field '{place}': {first['msg']}.") from None
+
+
+def load_config(path: Path) -> RunConfig:
+    """Read a configuration from a .json or .yaml file, or from a run's run.json.
+
+    Raises:
+        UserError: the file is absent or damaged, or a field is wrong.
+    """
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The configuration '{path}' can't be read: {getattr(error, 'strerror', None) or error}.") from error
+    try:
+        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"The configuration '{path}' is not valid {path.suffix.lstrip('.') or 'YAML'}: {error}") from error
+    if isinstance(data, dict) and "config" in data:  # a run.json
+        data = data["config"]
+    return config_from_dict(data, str(path))
+
+
+def changed_fields(old: RunConfig, new: RunConfig) -> list[str]:
+    """Names of the fields in which two configurations differ."""
+    before, after = old.to_dict(), new.to_dict()
+    return [name for name in after if before[name] != after[name]]
+

@@ -1,0 +1,152 @@
+"""What a run will cost, before it runs: dictionaries, parameters, bytes, tokens, and the time by a short probe."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dictionary_learning.activations.language_model import LanguageModelActivations, TracedLM
+from dictionary_learning.config import RunConfig
+from dictionary_learning.trainers import trainer_class
+
+FLOAT = 4  # bytes; dictionaries, their gradients and Adam's moments are float32
+PROBE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes, rates in activations a second."""
+
+    dictionaries: int
+    parameters: int
+    model_bytes: int
+    buffer_bytes: int
+    training_bytes: int
+    disk_bytes: int
+    steps: int
+    tokens: int
+    harvest_rate: float | None = None
+    training_rate: float | None = None
+
+    @property
+    def device_bytes(self) -> int:
+        """What must fit on the device: the model, the buffer, and all dictionaries with their optimisers."""
+        return self.model_bytes + self.buffer_bytes + self.training_bytes
+
+    @property
+    def seconds(self) -> float | None:
+        """Estimated time of the training, evaluation not counted."""
+        if not self.harvest_rate or not self.training_rate:
+            return None
+        return self.tokens * (1 / self.harvest_rate + 1 / self.training_rate)
+
+    def lines(self) -> list[tuple[str, str]]:
+        """(name, value) pairs for a table."""
+        rows = [
+            ("dictionaries", f"{self.dictionaries:,}"),
+            ("parameters", f"{self.parameters:,}"),
+            ("tokens", f"{self.tokens:,} in {self.steps:,} steps"),
+            ("on the device", f"{_size(self.device_bytes)} (model {_size(self.model_bytes)}, buffer "
+                              f"{_size(self.buffer_bytes)}, dictionaries {_size(self.training_bytes)})"),
+            ("on disk", _size(self.disk_bytes)),
+        ]
+        if self.seconds is not None:
+            rows += [
+                ("harvest", f"{self.harvest_rate:,.0f} activations a second"),
+                ("training", f"{self.training_rate:,.0f} activations a second through all dictionaries"),
+                ("estimated time", _duration(self.seconds)),
+            ]
+        return rows
+
+
+def plan_run(config: RunConfig, lm: TracedLM, checkpoints: int = 0) -> Plan:
+    """The sizes of a run; times are filled in by `probe`."""
+    widths = {point.name: point.width for point in lm.resolve(config.hook_points)}
+    parameters = [_parameters(widths[spec.hook_point], spec.width) for spec in config.dictionaries]
+    itemsize = torch.empty((), dtype=lm.dtype).element_size()
+    buffer_rows = config.buffer_contexts * config.ctx_len
+    buffer_bytes = buffer_rows * sum(widths.values()) * itemsize
+    scratch = 4 * config.batch_size * max(spec.width for spec in config.dictionaries)  # pre-activations and their kin
+    weights = sum(parameters) * FLOAT
+    state = 3 * weights + buffer_bytes
+    return Plan(
+        dictionaries=len(config.dictionaries),
+        parameters=sum(parameters),
+        model_bytes=sum(p.numel() * p.element_size() for p in lm.module.parameters()),
+        buffer_bytes=buffer_bytes,
+        training_bytes=4 * weights + scratch * FLOAT,
+        disk_bytes=(1 + checkpoints) * weights + 3 * state,  # two states kept while a third is written
+        steps=config.steps,
+        tokens=config.steps * config.batch_size,
+    )
+
+
+def probe(
+    plan: Plan, config: RunConfig, source: LanguageModelActivations, device: torch.device, seconds: float = PROBE_SECONDS
+) -> Plan:
+    """The plan with rates measured for `seconds`: half on harvesting, half on one step of each kind of dictionary."""
+    began, rows, batch = time.perf_counter(), 0, None
+    next(source)  # the first forward pays for warming up
+    warm = time.perf_counter()
+    while batch is None or time.perf_counter() - began < seconds / 2:
+        batch = next(source, None)
+        if batch is None:
+            break
+        rows += len(next(iter(batch.acts.values())))
+        _wait(device)
+    harvest_rate = rows / (time.perf_counter() - warm)
+
+    kinds: dict[Any, int] = {}
+    for spec in config.dictionaries:
+        kind = (spec.architecture, spec.width, source.widths[spec.hook_point])
+        kinds[kind] = kinds.get(kind, 0) + 1
+    step_seconds = 0.0
+    for (architecture, width, d), count in kinds.items():
+        spec = next(s for s in config.dictionaries if (s.architecture, s.width) == (architecture, width))
+        trainer = trainer_class(architecture)(
+            steps=100, activation_dim=d, layer=None, lm_name=None, device=device, **spec.trainer_arguments()
+        )
+        x_BD = torch.randn(config.batch_size, d, device=device) / d**0.5
+        trainer.update(0, x_BD)
+        trainer.update(1, x_BD)
+        _wait(device)
+        start, steps = time.perf_counter(), 0
+        while steps == 0 or time.perf_counter() - start < seconds / 2 / len(kinds):
+            trainer.update(2 + steps, x_BD)
+            _wait(device)
+            steps = min(steps + 1, 97)
+        step_seconds += count * (time.perf_counter() - start) / steps
+        del trainer
+    return Plan(**{
+        **{name: getattr(plan, name) for name in Plan.__dataclass_fields__},
+        "harvest_rate": harvest_rate,
+        "training_rate": config.batch_size / step_seconds,
+    })
+
+
+def _parameters(activation_dim: int, width: int) -> int:
+    return 2 * activation_dim * width + 2 * width + activation_dim
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} PB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,214 @@
+"""Files of a run: every one written to a temporary name, flushed, and renamed, so that none is ever half there.
+
+A state (`state/step_000001200/`) is a tree of tensors and plain values, kept as one safetensors file, one JSON file
+and a manifest with the SHA-256 of both. It is renamed into place when complete; the newest valid one wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from dictionary_learning.errors import UserError
+
+STATES_KEPT = 2
+_TENSOR, _ITEMS = "__tensor__", "__items__"  # markers in state.json
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """A file handle whose content appears at `path` all at once when the block ends, and not at all if it fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        os.chmod(name, 0o644)
+        with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write strict JSON (no NaN: use `finite` where values may be)."""
+    with atomic_file(path) as handle:
+        json.dump(data, handle, indent=2, allow_nan=False)
+        handle.write("\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises UserError when it is absent or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"'{path}' does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' is not a readable JSON file: {error}") from error
+
+
+def finite(value: Any) -> Any:
+    """`value` with every NaN and infinity replaced by None, for JSON."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors as safetensors, each in its logical layout."""
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path, "wb") as handle:
+        handle.write(save(plain))
+
+
+def save_state(folder: Path, step: int, tree: Any) -> Path:
+    """Write `tree` (nested dicts and lists of tensors and JSON values) as the state of a step; drop the oldest ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step_{step:09d}"
+    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{final.name}."))
+    try:
+        tensors: dict[str, Tensor] = {}
+        write_json(temporary / "state.json", _encode(tree, "", tensors))
+        write_tensors(temporary / "state.safetensors", tensors)
+        files = {name: _sha256(temporary / name) for name in ("state.json", "state.safetensors")}
+        write_json(temporary / "manifest.json", {"version": 1, "step": step, "sha256": files})
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in saved_states(folder)[STATES_KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def saved_states(folder: Path) -> list[Path]:
+    """Folders of complete states, newest first."""
+    return sorted((p for p in folder.glob("step_*") if p.is_dir()), reverse=True)
+
+
+def load_newest_state(folder: Path) -> tuple[int, Any]:
+    """(step, tree) of the newest state whose checksums hold; a damaged one is passed over with a warning.
+
+    Raises:
+        UserError: there is no valid state.
+    """
+    for path in saved_states(folder):
+        try:
+            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+            for name, digest in manifest["sha256"].items():
+                if name not in ("state.json", "state.safetensors") or _sha256(path / name) != digest:
+                    raise ValueError(f"{name} does not match its checksum")
+            from safetensors.torch import load_file
+
+            tensors = load_file(path / "state.safetensors")
+            return int(manifest["step"]), _decode(json.loads((path / "state.json").read_text("utf-8")), tensors)
+        except Exception as error:  # whatever is wrong with it, the one before may be whole
+            warnings.warn(f"The saved state {path.name} is damaged ({error}); trying the one before.", stacklevel=2)
+    raise UserError(f"There is no usable saved state in '{folder}': start the run anew without --resume.")
+
+
+def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().clone()
+        return {_TENSOR: path}
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value):
+            return {key: _encode(item, f"{path}/{key}", tensors) for key, item in value.items()}
+        return {_ITEMS: [[key, _encode(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a state can't hold a {type(value).__name__} (at {path})")
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return tensors[value[_TENSOR]]
+    if _ITEMS in value:
+        return {key: _decode(item, tensors) for key, item in value[_ITEMS]}
+    return {key: _decode(item, tensors) for key, item in value.items()}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """See that a run may use `folder`, and change nothing.
+
+    Raises:
+        UserError: it can't be written, holds another run or foreign files, or has nothing to resume.
+    """
+    marker = folder / "run.json"
+    if resume:
+        if not marker.is_file():
+            raise UserError(f"There is no run to resume in '{folder}': give the --save_dir of an interrupted run.")
+    elif folder.exists() and not folder.is_dir():
+        raise UserError(f"save_dir '{folder}' is a file: give a folder.")
+    elif folder.is_dir() and any(folder.iterdir()):
+        if not marker.is_file():
+            raise UserError(f"save_dir '{folder}' holds other files: give a new or empty folder.")
+        if not overwrite:
+            raise UserError(
+                f"save_dir '{folder}' holds another run: choose another folder, or add --resume to go on with that run "
+                "or --overwrite to replace it."
+            )
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise UserError(f"save_dir '{folder}' can't be written ({error.strerror or error}): give another folder.") from error
+
+
+def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool, bytes_needed: int = 0) -> None:
+    """Make `folder` ready for a run; with `overwrite`, drop what an earlier run left in it.
+
+    Raises:
+        UserError: see `check_run_folder`; or its disk lacks `bytes_needed`.
+    """
+    check_run_folder(folder, resume=resume, overwrite=overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if bytes_needed > free:
+        raise UserError(
+            f"The disk of '{folder}' has {free / 1e9:.1f} GB left, but the run needs {bytes_needed / 1e9:.1f} GB: free "
+            "some space, give another folder, or train fewer or narrower dictionaries."
+        )
+    if overwrite and not resume:
+        for name in ("metrics.jsonl", "summary.csv", "report.html", "run.json"):
+            (folder / name).unlink(missing_ok=True)
+        for old in [folder / "state", *folder.glob("trainer_*")]:
+            shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,200 @@
+"""What a run tells the world: one stream of events, many sinks (JSONL, log lines, a progress bar, Weights & Biases).
+
+`Tracker` passes each event on. The JSONL file is the record of the run and must be written; every other sink is a
+convenience, and one that fails is switched off with a warning instead of stopping training.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from dictionary_learning.errors import UserError
+from dictionary_learning.storage import atomic_file, finite
+
+log = logging.getLogger("dictionary_learning")
+
+LOG_LINE = ("loss", "l0", "frac_variance_explained", "nz_frac", "lr")
+
+
+class Sink(Protocol):
+    """Receives the events of a run. `metrics` maps trainer names to their numbers at one step."""
+
+    def start(self, step: int, configs: Mapping[str, Mapping[str, Any]]) -> None: ...
+
+    def advance(self, step: int, tokens: int) -> None: ...
+
+    def metrics(self, step: int, tokens: int, metrics: Mapping[str, Mapping[str, float]]) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+    def finish(self, failed: bool) -> None: ...
+
+
+class SilentSink:
+    """Ignores every event; the base of sinks that want only some."""
+
+    def start(self, step: int, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        pass
+
+    def advance(self, step: int, tokens: int) -> None:
+        pass
+
+    def metrics(self, step: int, tokens: int, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def finish(self, failed: bool) -> None:
+        pass
+
+
+class Tracker(SilentSink):
+    """Passes events to `record`, whose errors count, and to `sinks`, which are switched off when they fail."""
+
+    def __init__(self, record: Sink | None, sinks: Sequence[Sink] = ()) -> None:
+        self.record, self.sinks = record, list(sinks)
+
+    def start(self, step: int, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        self._send("start", step, configs)
+
+    def advance(self, step: int, tokens: int) -> None:
+        self._send("advance", step, tokens)
+
+    def metrics(self, step: int, tokens: int, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        self._send("metrics", step, tokens, metrics)
+
+    def message(self, text: str) -> None:
+        self._send("message", text)
+
+    def finish(self, failed: bool = False) -> None:
+        self._send("finish", failed)
+
+    def _send(self, event: str, *arguments: Any) -> None:
+        if self.record is not None:
+            getattr(self.record, event)(*arguments)
+        for sink in list(self.sinks):
+            try:
+                getattr(sink, event)(*arguments)
+            except Exception as error:  # a logger that breaks must not take the training with it
+                self.sinks.remove(sink)
+                log.warning("%s is switched off: %s", type(sink).__name__, error)
+
+
+class JsonlSink(SilentSink):
+    """`metrics.jsonl`: one line a dictionary and log step. A resumed run first drops the lines of steps it repeats."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def start(self, step: int, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        kept = []
+        if step > 0 and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    continue  # a line cut short by a crash
+        with atomic_file(self.path) as handle:
+            handle.writelines(line + "\n" for line in kept)
+
+    def metrics(self, step: int, tokens: int, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        with self.path.open("a", encoding="utf-8") as handle:
+            for trainer, values in metrics.items():
+                row = {"step": step, "tokens": tokens, "trainer": trainer, **finite(values)}
+                handle.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+class ProgressSink(SilentSink):
+    """A progress bar with tokens a second, the time left, and L0 / explained variance of the `shown` dictionaries;
+    and a log line for each of them at every log step."""
+
+    def __init__(self, total_tokens: int, shown: Sequence[str], *, bar: bool | None = None, lines: bool = True) -> None:
+        self.total_tokens, self.shown, self.lines = total_tokens, list(shown), lines
+        self.show_bar = sys.stderr.isatty() if bar is None else bar
+        self.bar: Any = None
+        self._tokens_at_start: int | None = None
+        self._began = 0.0
+
+    def start(self, step: int, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=self.total_tokens, unit="tok", unit_scale=True, disable=not self.show_bar, dynamic_ncols=True)
+
+    def advance(self, step: int, tokens: int) -> None:
+        if self._tokens_at_start is None:
+            self._tokens_at_start, self._began = tokens, time.monotonic()
+            self.bar.initial = tokens
+        self.bar.update(tokens - self.bar.n)
+
+    def metrics(self, step: int, tokens: int, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        from tqdm import tqdm
+
+        few = {name: metrics[name] for name in self.shown if name in metrics}
+        self.bar.set_postfix_str(
+            ", ".join(f"{n}: L0 {m['l0']:.0f} FVE {m['frac_variance_explained']:.3f}" for n, m in few.items())
+        )
+        if not self.lines:
+            return
+        elapsed = time.monotonic() - self._began
+        done = tokens - (self._tokens_at_start or 0)
+        rate = f"{done / elapsed:,.0f} tok/s" if elapsed > 1 and done else "starting"
+        left = f", {(self.total_tokens - tokens) * elapsed / done:,.0f} s left" if elapsed > 1 and done else ""
+        for name, values in few.items():
+            numbers = ", ".join(f"{key} {values[key]:.4g}" for key in LOG_LINE if key in values)
+            tqdm.write(f"{name}: step {step}, {numbers}  ({rate}{left})", file=sys.stdout)
+        sys.stdout.flush()
+
+    def message(self, text: str) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def finish(self, failed: bool) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class WandbSink(SilentSink):
+    """Weights & Biases: one run a dictionary, all in one group. The token comes from wandb's own login or environment.
+
+    wandb sends from a process of its own, started with the spawn method, so it shares no CUDA state with training.
+    """
+
+    def __init__(self, *, project: str, entity: str | None, group: str, directory: Path | None, mode: str | None = None) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("Weights & Biases is not installed: pip install 'sae-factory[wandb]', or leave out --use_wandb.") from None
+        self.wandb = wandb
+        self.settings = {"project": project or "sae-factory", "entity": entity or None, "group": group, "mode": mode}
+        self.directory = directory
+        self.runs: dict[str, Any] = {}
+
+    def start(self, step: int, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        for name, config in configs.items():
+            self.runs[name] = self.wandb.init(
+                **self.settings,
+                name=f"{config.get('wandb_name', 'dictionary')}-{name}",
+                config=dict(finite(config)),
+                dir=None if self.directory is None else os.fspath(self.directory),
+                reinit="create_new",
+                settings=self.wandb.Settings(silent=True, init_timeout=60),
+            )
+
+    def metrics(self, step: int, tokens: int, metrics: Mapping[str, Mapping[str, float]]) -> None:
+        for name, values in metrics.items():
+            self.runs[name].log({**values, "tokens": tokens}, step=step)
+
+    def finish(self, failed: bool) -> None:
+        for run in self.runs.values():
+            run.finish(exit_code=int(failed))

@@ -1,0 +1,57 @@
+"""Loading trained dictionaries and other small things the field imports from here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dictionary_learning.dictionary import Dictionary, dictionary_class, read_weights
+from dictionary_learning.errors import UserError
+from dictionary_learning.storage import read_json
+
+WEIGHT_FILES = ("ae.safetensors", "ae.pt")
+
+
+def load_dictionary(base_path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tuple[Dictionary, dict[str, Any]]:
+    """The dictionary in a folder (`ae.safetensors` or `ae.pt`, beside `config.json`) and its config.
+
+    Raises:
+        UserError: a file is missing or damaged, or the config names a dictionary class that does not exist.
+    """
+    folder = Path(base_path).expanduser()
+    config = read_json(folder / "config.json")
+    try:
+        trainer = config["trainer"]
+        cls = dictionary_class(trainer["dict_class"])
+    except (KeyError, TypeError):
+        raise UserError(f"'{folder / 'config.json'}' does not say trainer.dict_class: it is no dictionary's config.") from None
+    kwargs = {"k": int(trainer["k"])} if "k" in trainer and "k" not in read_weights(folder) else {}
+    return cls.from_pretrained(folder, device=device, **kwargs), config
+
+
+def get_nested_folders(path: str | os.PathLike[str]) -> list[str]:
+    """Folders at or below `path` that hold a dictionary's weights."""
+    return sorted(root for root, _, files in os.walk(path) if any(name in files for name in WEIGHT_FILES))
+
+
+def hf_dataset_to_generator(dataset_name: str, split: str = "train", streaming: bool = True) -> Iterator[str]:
+    """The texts of a dataset on the Hub, one at a time. `streaming=False` downloads it first."""
+    if not streaming:
+        from datasets import load_dataset
+
+        return (row["text"] for row in load_dataset(dataset_name, split=split))
+    from dictionary_learning.corpus import open_corpus
+
+    return (text.text for text in open_corpus(f"hf://{dataset_name}", hub_split=split).read(0))
+
+
+def get_submodule(model: Any, layer: int) -> Any:
+    """The block of a layer, whose output is the residual stream, of any model with a list of blocks."""
+    from dictionary_learning.activations.language_model import TracedLM
+
+    path = TracedLM.load(model).resolve(f"resid_post_layer_{layer}")[0].path
+    return model.get(path) if hasattr(model, "get") else model.get_submodule(path)
