@@ -23,7 +23,7 @@ fi
 
 echo "startup.sh: preparing $venv with $("$python" --version) (a few minutes the first time)"
 usable "$venv/bin/python" || { rm -rf "$venv"; "$python" -m venv "$venv"; }
-pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet --quiet)
 torch=$(grep -E '^torch==' constraints.txt)
 "${pip[@]}" install "$torch"
 "${pip[@]}" install -c constraints.txt -e ".[dev]"

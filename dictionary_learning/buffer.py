@@ -73,8 +73,8 @@ class ActivationBuffer:
     ) -> None:
         if io not in IO:
             raise UserError(f"io must be one of {', '.join(IO)}, got '{io}'.")
-        if out_batch_size < 1:
-            raise UserError(f"out_batch_size must be at least 1, got {out_batch_size}.")
+        if out_batch_size < 1 or ctx_len < 1:
+            raise UserError(f"out_batch_size and ctx_len must be at least 1, got {out_batch_size} and {ctx_len}.")
         self.io, self.n_ctxs, self.ctx_len = io, int(n_ctxs), ctx_len
         self.refresh_batch_size, self.out_batch_size = refresh_batch_size, int(out_batch_size)
         self.device, self.remove_bos, self.packing, self.seed = torch.device(device), remove_bos, packing, seed
@@ -118,7 +118,8 @@ class ActivationBuffer:
         self.rows_drawn = 0
 
     def _language_model_source(self) -> ActivationSource:
-        from dictionary_learning.activations.language_model import LanguageModelActivations, TracedLM
+        from dictionary_learning.activations.language_model import LanguageModelActivations
+        from dictionary_learning.activations.traced_lm import TracedLM
         from dictionary_learning.packing import ContextPacker
 
         if self.submodule is None:
@@ -248,7 +249,7 @@ class ActivationBuffer:
             raise UserError("The buffer is empty: the activation source gave no rows.")
         live = torch.from_numpy(np.sort(self._slots[: self._n_live])).to(self.device)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for part in live.split(4096):  # small parts, so that the copy in double precision stays small beside the ring
+        for part in live.split(max(1, 2**18 // rows.shape[1])):  # 2 MiB each: their copies must be small beside the ring
             total += rows[part].double().pow_(2).sum()
         return total.item() / self._n_live
 

@@ -146,10 +146,13 @@ def load_demo_config() -> tuple[dict[str, Preset], Sweep]:
         spec = importlib.util.spec_from_file_location("demo_config", local)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
+        sys.path.insert(0, str(local.parent.resolve()))  # it may import what lies beside it
         try:
             spec.loader.exec_module(module)
         except Exception as error:
             raise UserError(f"demo_config.py can't be read: {type(error).__name__}: {error}.") from error
+        finally:
+            sys.path.pop(0)
     else:
         import demo_config as module  # type: ignore[no-redef]
     try:
@@ -245,6 +248,7 @@ def run_training(
     from dictionary_learning.activations.language_model import LanguageModelActivations
     from dictionary_learning.buffer import ActivationBuffer
     from dictionary_learning.corpus import open_corpus
+    from dictionary_learning import planning
     from dictionary_learning.planning import plan_run, probe
     from dictionary_learning.tracking import ProgressSink, Sink, WandbSink
     from dictionary_learning.training import TrainingRun
@@ -259,7 +263,7 @@ def run_training(
     packer = make_packer(config, lm, corpus, heldout=False)
     if dry_run:
         source = LanguageModelActivations(lm, packer, config.hook_points, remove_special=config.remove_bos)
-        print_plan(config, probe(plan, config, source, torch_device))
+        print_plan(config, probe(plan, config, source, torch_device, planning.PROBE_SECONDS))
         return 0
     trainers = make_trainers(config, lm, torch_device)
     buffer = ActivationBuffer(

@@ -10,9 +10,10 @@ Parameter names and shapes on disk are those of the `dictionary-learning` packag
 from __future__ import annotations
 
 import os
+import pickle
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,10 @@ class Dictionary(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if cls.__name__.startswith("_"):  # a base of several architectures, not one
+            return
+        if cls.__name__ in DICTIONARIES:
+            raise TypeError(f"two dictionary classes are named '{cls.__name__}'")
         DICTIONARIES[cls.__name__] = cls
 
     def __init__(self, activation_dim: int, dict_size: int) -> None:
@@ -84,15 +89,9 @@ class Dictionary(nn.Module, ABC):
         for name in self.scaled_with_data:
             tensors[name].mul_(scale)
 
-    @torch.no_grad()
-    def normalize_decoder(self) -> None:
-        """Scale every decoder row to unit norm."""
-        rows_FD = self.decoder_rows
-        rows_FD /= rows_FD.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows_FD.dtype).tiny)
-
     @classmethod
     @abstractmethod
-    def from_state_dict(cls, state: dict[str, Tensor], **kwargs: Any) -> Dictionary:
+    def from_state_dict(cls, state: dict[str, Tensor], **kwargs: Any) -> Self:
         """A dictionary of the sizes and values in `state`."""
 
     @classmethod
@@ -102,7 +101,7 @@ class Dictionary(nn.Module, ABC):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         **kwargs: Any,
-    ) -> Dictionary:
+    ) -> Self:
         """Load a dictionary from `ae.safetensors`, an `ae.pt`, or the folder that holds one.
 
         Raises:
@@ -111,7 +110,9 @@ class Dictionary(nn.Module, ABC):
         state = read_weights(path)
         try:
             dictionary = cls.from_state_dict(state, **kwargs)
-        except (KeyError, RuntimeError) as error:
+        except UserError:
+            raise
+        except (KeyError, RuntimeError, ValueError) as error:  # a tensor missing, left over, or of another shape
             raise UserError(
                 f"'{os.fspath(path)}' does not hold a {cls.__name__}: its tensors are {', '.join(sorted(state))}."
             ) from error
@@ -138,8 +139,10 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # what PyTorch advises here is to load it unrestricted: never
+        raise UserError(f"'{file}' holds something other than plain tensors and was not loaded.") from error
     except Exception as error:  # each format has errors of its own; all mean that the file can't be used
-        raise UserError(f"'{file}' is not a readable file of weights: {str(error).splitlines()[0]}") from error
+        raise UserError(f"'{file}' is not a readable file of weights ({type(error).__name__}).") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"'{file}' does not hold a dictionary's weights: expected named tensors.")
     return state
@@ -152,8 +155,10 @@ def dictionary_class(name: str) -> type[Dictionary]:
         UserError: no such class.
     """
     if name not in DICTIONARIES:
-        raise UserError(f"Dictionary class '{name}' is unknown: use one of {', '.join(DICTIONARIES)}."
-                        f"{did_you_mean(name, DICTIONARIES)}")
+        raise UserError(
+            f"Dictionary class '{name}' is unknown: use one of {', '.join(DICTIONARIES)}."
+            f"{did_you_mean(name, DICTIONARIES)}"
+        )
     return DICTIONARIES[name]
 
 
@@ -192,7 +197,7 @@ class _LinearDictionary(Dictionary):
         return self.decoder(f) + self.decoder_bias
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor], **kwargs: Any) -> Dictionary:
+    def from_state_dict(cls, state: dict[str, Tensor], **kwargs: Any) -> Self:
         dict_size, activation_dim = state["encoder.weight"].shape
         dictionary = cls(activation_dim, dict_size, **kwargs)
         dictionary.load_state_dict(state)
@@ -210,6 +215,24 @@ class AutoEncoder(_LinearDictionary):
 
     def encode(self, x: Tensor) -> Tensor:
         return torch.relu(self.preactivations(x))
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Give decoder rows unit norm and their norms to the encoder: the same function, comparable codes."""
+        norms_F = self.decoder_rows.norm(dim=1)
+        if torch.allclose(norms_F, torch.ones_like(norms_F)):
+            return
+        norms_F.clamp_min_(torch.finfo(norms_F.dtype).tiny)
+        self.decoder.weight.div_(norms_F)
+        self.encoder.weight.mul_(norms_F[:, None])
+        self.encoder.bias.mul_(norms_F)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor], normalize_decoder: bool = True, **kwargs: Any) -> Self:
+        dictionary = super().from_state_dict(state, **kwargs)
+        if normalize_decoder:
+            dictionary.normalize_decoder()
+        return dictionary
 
 
 class AutoEncoderTopK(_LinearDictionary):
@@ -234,6 +257,12 @@ class AutoEncoderTopK(_LinearDictionary):
         self.register_buffer("k", torch.tensor(k, dtype=torch.int))
         self.register_buffer("threshold", torch.tensor(-1.0))
 
+    @overload
+    def encode(self, x: Tensor, return_topk: Literal[False] = False, use_threshold: bool = False) -> Tensor: ...
+    @overload
+    def encode(
+        self, x: Tensor, return_topk: Literal[True], use_threshold: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
     def encode(
         self, x: Tensor, return_topk: bool = False, use_threshold: bool = False
     ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -252,10 +281,18 @@ class AutoEncoderTopK(_LinearDictionary):
         return (f, top.values, top.indices, acts_F) if return_topk else f
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor], **kwargs: Any) -> Dictionary:
-        kwargs["k"] = int(kwargs.get("k") or state["k"])
-        state = {"threshold": torch.tensor(-1.0), **state, "k": torch.tensor(kwargs["k"], dtype=torch.int)}
-        return super().from_state_dict(state, **kwargs)
+    def from_state_dict(cls, state: dict[str, Tensor], k: int | None = None, **kwargs: Any) -> Self:
+        """`k` is needed for files that don't hold it.
+
+        Raises:
+            UserError: `k` is another than the file's.
+        """
+        if k is None:
+            k = int(state["k"])
+        elif "k" in state and k != int(state["k"]):
+            raise UserError(f"This dictionary was trained with k = {int(state['k'])}, and k = {k} was asked for.")
+        state = {"threshold": torch.tensor(-1.0), **state, "k": torch.tensor(k, dtype=torch.int)}
+        return super().from_state_dict(state, k=k, **kwargs)
 
 
 class JumpReluAutoEncoder(Dictionary):
@@ -294,6 +331,10 @@ class JumpReluAutoEncoder(Dictionary):
             x = x - self.b_dec
         return x @ self.W_enc + self.b_enc
 
+    @overload
+    def encode(self, x: Tensor, output_pre_jump: Literal[False] = False) -> Tensor: ...
+    @overload
+    def encode(self, x: Tensor, output_pre_jump: Literal[True]) -> tuple[Tensor, Tensor]: ...
     def encode(self, x: Tensor, output_pre_jump: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Codes [..., F]; with `output_pre_jump` also the pre-activations."""
         pre = self.preactivations(x)
@@ -304,7 +345,7 @@ class JumpReluAutoEncoder(Dictionary):
         return f @ self.W_dec + self.b_dec
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor], **kwargs: Any) -> Dictionary:
+    def from_state_dict(cls, state: dict[str, Tensor], **kwargs: Any) -> Self:
         activation_dim, dict_size = state["W_enc"].shape
         dictionary = cls(activation_dim, dict_size, **kwargs)
         dictionary.load_state_dict(state)
@@ -334,5 +375,5 @@ class IdentityDict(Dictionary):
     decoder_rows = encoder_rows
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor], **kwargs: Any) -> Dictionary:
+    def from_state_dict(cls, state: dict[str, Tensor], **kwargs: Any) -> Self:
         return cls(**kwargs)

@@ -172,7 +172,8 @@ def command(config: TrainModelConfig) -> str:
 
 def sample(prompt: str, continuation: str, training_text: str) -> str:
     """A prompt in bold and its continuation as a quotation, with how many words of it in a row are training text."""
-    shown = f"**{{}}**{continuation}".replace("\n", "  \n> ").format(prompt.replace("\n", " / "))
+    quoted = continuation.replace("\n", "  \n> ")
+    shown = f"**{prompt.replace(chr(10), ' / ')}**{quoted}"
     words = continuation.split()
     recited = longest_recited(words, training_text)
     return f"> {shown}\n\n({recited} of {len(words)} words in a row also stand in the training text.)"

@@ -159,10 +159,11 @@ def next_token_loss(model: Any, tokens_BL: Tensor, reduction: str = "mean") -> T
 
 def evaluate(model: Any, text: TokenText) -> HeldOut:
     """Loss over all predicted tokens of the held-out contexts, pooled, in float32 without dropout."""
+    training = model.training
     model.eval()
     with torch.no_grad():
         total = sum(float(next_token_loss(model, batch, "sum")) for batch in text.held_out_CL.split(16))
-    model.train()
+    model.train(training)
     loss = total / text.held_out_CL[:, 1:].numel()
     return HeldOut(loss, math.exp(loss), loss / math.log(2) / text.bytes_per_token)
 
@@ -188,8 +189,10 @@ def schedule(spent: float, config: TrainModelConfig) -> float:
 def continuations(
     model: Any, tokenizer: Any, prompts: Sequence[str], seed: int, length: int = SAMPLE_TOKENS
 ) -> list[str]:
-    """The model's continuation of each prompt: the first greedy, the others sampled (temperature 0.7, top 40)."""
-    model.eval()
+    """What a model in evaluation mode makes of each prompt: the first greedy, others sampled (temperature 0.7, top 40).
+
+    Every token is computed from the last `n_positions` tokens, the first of which is <|endoftext|> until they run over.
+    """
     texts = []
     for number, prompt in enumerate(prompts):
         generator = torch.Generator().manual_seed(seed + number)
@@ -205,7 +208,6 @@ def continuations(
             if tokens[-1] == tokenizer.eos_token_id:
                 break
         texts.append(tokenizer.decode(tokens[prompted:], skip_special_tokens=True))
-    model.train()
     return texts
 
 

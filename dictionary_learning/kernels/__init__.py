@@ -27,7 +27,8 @@ class Kernels(Protocol):
     """What a set of kernels offers. F latents, D inputs, B rows, k active latents a row."""
 
     def preactivations(self, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor) -> Tensor:
-        """[B, F] pre-activations (x - b_dec) W_enc^T + b_enc."""
+        """[B, F] pre-activations (x - b_dec) W_enc^T + b_enc, for reading until the next call. Whether they carry a
+        gradient is the kernels' affair: what is to be differentiated goes through `select`."""
 
     def select(
         self, pre_BF: Tensor, indices_Bk: Tensor, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor

@@ -71,6 +71,8 @@ class JumpReluTrainer(SAETrainer, architecture="jump_relu"):
     run, at most 2,000 steps.
     """
 
+    ae: JumpReluAutoEncoder
+
     def __init__(
         self,
         steps: int,
@@ -95,15 +97,25 @@ class JumpReluTrainer(SAETrainer, architecture="jump_relu"):
             raise UserError(f"bandwidth must be positive, got {bandwidth!r}.")
         if not 0 <= sparsity_penalty < float("inf"):
             raise UserError(f"sparsity_penalty must not be negative, got {sparsity_penalty!r}.")
-        if target_l0 is not None and not 0 < target_l0 <= dict_size:
-            raise UserError(f"target_l0 must be positive and at most the width {dict_size}, got {target_l0!r}.")
         self.bandwidth, self.sparsity_penalty, self.target_l0 = bandwidth, sparsity_penalty, target_l0
         super().__init__(
-            steps=steps, activation_dim=activation_dim, dict_size=dict_size, layer=layer, lm_name=lm_name,
-            dict_class=dict_class, lr=lr, warmup_steps=warmup_steps, decay_start=decay_start, seed=seed, device=device,
+            steps=steps,
+            activation_dim=activation_dim,
+            dict_size=dict_size,
+            layer=layer,
+            lm_name=lm_name,
+            dict_class=dict_class,
+            lr=lr,
+            warmup_steps=warmup_steps,
+            decay_start=decay_start,
+            seed=seed,
+            device=device,
             sparsity_warmup_steps=min(2000, steps // 10) if sparsity_warmup_steps is None else sparsity_warmup_steps,
-            wandb_name=wandb_name, submodule_name=submodule_name,
+            wandb_name=wandb_name,
+            submodule_name=submodule_name,
         )
+        if target_l0 is not None and not 0 < target_l0 <= dict_size:
+            raise UserError(f"target_l0 must be positive and at most the width {dict_size}, got {target_l0!r}.")
 
     @torch.no_grad()
     def initialize(self, x_BD: Tensor) -> None:
@@ -134,5 +146,7 @@ class JumpReluTrainer(SAETrainer, architecture="jump_relu"):
     @property
     def config(self) -> dict[str, Any]:
         return super().config | {
-            "bandwidth": self.bandwidth, "sparsity_penalty": self.sparsity_penalty, "target_l0": self.target_l0,
+            "bandwidth": self.bandwidth,
+            "sparsity_penalty": self.sparsity_penalty,
+            "target_l0": self.target_l0,
         }

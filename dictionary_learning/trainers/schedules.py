@@ -27,7 +27,9 @@ def get_lr_schedule(total_steps: int, warmup_steps: int, decay_start: int | None
         UserError: the warm-up or the start of the decay lies outside the run, or they overlap.
     """
     if not 0 <= warmup_steps < total_steps:
-        raise UserError(f"warmup_steps must be at least 0 and below the {total_steps} steps of the run, got {warmup_steps}.")
+        raise UserError(
+            f"warmup_steps must be at least 0 and below the {total_steps} steps of the run, got {warmup_steps}."
+        )
     if decay_start is not None and not warmup_steps <= decay_start <= total_steps:
         raise UserError(
             f"decay_start must lie between warmup_steps {warmup_steps} and steps {total_steps}, got {decay_start}."

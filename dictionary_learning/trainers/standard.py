@@ -44,10 +44,20 @@ class StandardTrainer(SAETrainer, architecture="standard"):
             raise UserError(f"l1_penalty must not be negative, got {l1_penalty!r}.")
         self.l1_penalty = l1_penalty
         super().__init__(
-            steps=steps, activation_dim=activation_dim, dict_size=dict_size, layer=layer, lm_name=lm_name,
-            dict_class=dict_class, lr=lr, warmup_steps=warmup_steps, decay_start=decay_start, seed=seed, device=device,
+            steps=steps,
+            activation_dim=activation_dim,
+            dict_size=dict_size,
+            layer=layer,
+            lm_name=lm_name,
+            dict_class=dict_class,
+            lr=lr,
+            warmup_steps=warmup_steps,
+            decay_start=decay_start,
+            seed=seed,
+            device=device,
             sparsity_warmup_steps=min(2000, steps // 10) if sparsity_warmup_steps is None else sparsity_warmup_steps,
-            wandb_name=wandb_name, submodule_name=submodule_name,
+            wandb_name=wandb_name,
+            submodule_name=submodule_name,
         )
 
     def compute_loss(self, x_BD: Tensor, step: int) -> LossOutput:
@@ -56,9 +66,7 @@ class StandardTrainer(SAETrainer, architecture="standard"):
         l1 = acts_BF.sum(-1).mean()
         loss = l2 + self.l1_penalty * self._sparsity_scale(step) * l1
         active_BF = acts_BF.detach() > 0
-        return LossOutput(
-            loss, x_hat_BD, active_BF.any(0), active_BF.sum() / len(x_BD), {"l2_loss": l2, "l1_loss": l1}
-        )
+        return LossOutput(loss, x_hat_BD, active_BF.any(0), active_BF.sum() / len(x_BD), {"l2_loss": l2, "l1_loss": l1})
 
     @property
     def config(self) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class TopKTrainer(SAETrainer, architecture="top_k"):
         threshold_start_step: first step that enters it; None takes half of the run, at most 1,000 steps.
     """
 
+    ae: AutoEncoderTopK
+
     def __init__(
         self,
         steps: int,
@@ -57,10 +59,25 @@ class TopKTrainer(SAETrainer, architecture="top_k"):
     ) -> None:
         if not 0 <= auxk_alpha < float("inf"):
             raise UserError(f"auxk_alpha must not be negative, got {auxk_alpha!r}.")
+        if not 0 <= threshold_beta < 1:
+            raise UserError(f"threshold_beta must be at least 0 and below 1, got {threshold_beta!r}.")
+        if dead_after_tokens is not None and dead_after_tokens < 1:
+            raise UserError(f"dead_after_tokens must be positive, got {dead_after_tokens!r}.")
         super().__init__(
-            steps=steps, activation_dim=activation_dim, dict_size=dict_size, layer=layer, lm_name=lm_name,
-            dict_class=dict_class, dict_kwargs={"k": k}, lr=lr, warmup_steps=warmup_steps, decay_start=decay_start,
-            seed=seed, device=device, wandb_name=wandb_name, submodule_name=submodule_name,
+            steps=steps,
+            activation_dim=activation_dim,
+            dict_size=dict_size,
+            layer=layer,
+            lm_name=lm_name,
+            dict_class=dict_class,
+            dict_kwargs={"k": k},
+            lr=lr,
+            warmup_steps=warmup_steps,
+            decay_start=decay_start,
+            seed=seed,
+            device=device,
+            wandb_name=wandb_name,
+            submodule_name=submodule_name,
         )
         self.k, self.auxk_alpha, self.dead_after_tokens = k, auxk_alpha, dead_after_tokens
         self.threshold_beta = threshold_beta
@@ -68,14 +85,15 @@ class TopKTrainer(SAETrainer, architecture="top_k"):
         self.auxk_size = min(max(activation_dim // 2, 1), dict_size)  # the paper's k_aux, "a power of two close to d/2"
         self.kernels = kernels_for(self.device)
         self.some_dead = False
-        self._dead_count: Tensor | None = None  # copied from the device one interval before it is read
+        self._dead_count: Tensor | None = None  # on its way from the device; read one interval later
+        self._dead_count_arrived: torch.cuda.Event | None = None
 
     def compute_loss(self, x_BD: Tensor, step: int) -> LossOutput:
-        encoder = (self.ae.encoder_rows, self.ae.encoder.bias, self.ae.b_dec)
+        encoder = (self.ae.encoder_rows, self.ae.encoder.bias, self.ae.decoder_bias)
         pre_BF = self.kernels.preactivations(x_BD, *encoder)
         top_Bk = pre_BF.detach().topk(self.k, dim=-1, sorted=False).indices
         values_Bk = torch.relu(self.kernels.select(pre_BF, top_Bk, x_BD, *encoder))
-        x_hat_BD = self.kernels.decode(values_Bk, top_Bk, self.ae.decoder_rows) + self.ae.b_dec
+        x_hat_BD = self.kernels.decode(values_Bk, top_Bk, self.ae.decoder_rows) + self.ae.decoder_bias
         residual_BD = x_BD - x_hat_BD
         l2 = residual_BD.pow(2).sum(-1).mean()
 
@@ -84,7 +102,7 @@ class TopKTrainer(SAETrainer, architecture="top_k"):
         loss, terms = l2, {"l2_loss": l2}
         if self.some_dead and self.auxk_alpha:
             terms["auxk_loss"] = self._auxk(pre_BF, x_BD, residual_BD.detach(), encoder)
-            loss = l2 + self.auxk_alpha * x_BD.var(dim=0).sum() * terms["auxk_loss"]
+            loss = l2 + self.auxk_alpha * x_BD.var(dim=0, correction=0).sum() * terms["auxk_loss"]
         smallest = _mean_smallest_positive(values_Bk.detach(), positive_Bk)
         return LossOutput(
             loss, x_hat_BD, counts_F > 0, positive_Bk.sum() / len(x_BD), terms | {"smallest_active": smallest}
@@ -100,28 +118,38 @@ class TopKTrainer(SAETrainer, architecture="top_k"):
         values_Bk = torch.relu(self.kernels.select(pre_BF, indices_Bk, x_BD, *encoder))
         values_Bk = values_Bk * dead_F[indices_Bk]  # where fewer than `size` are dead, topk had to take living ones
         error = (residual_BD - self.kernels.decode(values_Bk, indices_Bk, self.ae.decoder_rows)).pow(2).sum(-1).mean()
-        variance = (residual_BD - residual_BD.mean(dim=0)).pow(2).sum(-1).mean()
+        variance = residual_BD.var(dim=0, correction=0).sum()
         fade = (dead_F.sum() / size).clamp(max=1.0)
-        return fade * torch.nan_to_num(error / variance)
+        return fade * torch.where(variance > 0, error, 0.0) / torch.where(variance > 0, variance, 1.0)
 
     def _dead(self) -> Tensor:
-        return self.tokens_since_fired_F >= (self.dead_after_tokens or 0)
+        """[F] latents that have not fired for `dead_after_tokens` tokens."""
+        assert self.dead_after_tokens is not None  # since the first update
+        return self.tokens_since_fired_F >= self.dead_after_tokens
 
     @torch.no_grad()
     def after_update(self, x_BD: Tensor, step: int, out: LossOutput) -> None:
         if self.dead_after_tokens is None:
             self.dead_after_tokens = min(10_000_000, max(1, self.steps // 10) * len(x_BD))
         if step % DEAD_COUNT_INTERVAL == 0:  # reads the count of one interval ago, so that the device is not waited for
-            self.some_dead = self._dead_count is not None and int(self._dead_count) > 0
+            self.some_dead = (self._read_dead_count() or 0) > 0
             self._dead_count = self._dead().sum().to("cpu", non_blocking=True)
+            if self.device.type == "cuda":
+                self._dead_count_arrived = torch.cuda.Event()
+                self._dead_count_arrived.record()
         if step >= self.threshold_start_step:
             smallest, threshold = out.terms["smallest_active"], self.ae.threshold
             blend = self.threshold_beta * threshold + (1 - self.threshold_beta) * smallest
             measured = torch.where(threshold < 0, smallest, blend)
             threshold.copy_(torch.where(smallest.isnan(), threshold, measured))
 
+    def _read_dead_count(self) -> int | None:
+        if self._dead_count_arrived is not None:
+            self._dead_count_arrived.synchronize()
+        return None if self._dead_count is None else int(self._dead_count)
+
     def logged_tensors(self) -> dict[str, Tensor]:
-        return {"dead_latents": self._dead().sum() if self.dead_after_tokens else torch.zeros((), device=self.device)}
+        return {"dead_latents": self._dead().sum()} if self.dead_after_tokens else {}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -134,15 +162,17 @@ class TopKTrainer(SAETrainer, architecture="top_k"):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        count = None if self._dead_count is None else int(self._dead_count)
         return super().state_dict() | {
-            "dead_after_tokens": self.dead_after_tokens, "some_dead": self.some_dead, "dead_count": count,
+            "dead_after_tokens": self.dead_after_tokens,
+            "some_dead": self.some_dead,
+            "dead_count": self._read_dead_count(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.dead_after_tokens, self.some_dead = state["dead_after_tokens"], state["some_dead"]
         self._dead_count = None if state["dead_count"] is None else torch.tensor(state["dead_count"])
+        self._dead_count_arrived = None
 
 
 def _mean_smallest_positive(values_Bk: Tensor, positive_Bk: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ thresholds) learns in those units, so that the same settings fit a layer with no
 from __future__ import annotations
 
 import contextlib
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -84,7 +85,9 @@ class SAETrainer(ABC):
         super().__init_subclass__(**kwargs)
         if architecture is not None:
             if architecture in TRAINERS:
-                raise TypeError(f"two trainers are named '{architecture}': {TRAINERS[architecture].__name__}, {cls.__name__}")
+                raise TypeError(
+                    f"two trainers are named '{architecture}': {TRAINERS[architecture].__name__} and {cls.__name__}"
+                )
             cls.architecture = architecture
             TRAINERS[architecture] = cls
 
@@ -128,13 +131,23 @@ class SAETrainer(ABC):
         self._lr_scale = get_lr_schedule(steps, self.warmup_steps, self.decay_start)
         self._sparsity_scale = get_sparsity_warmup_fn(steps, sparsity_warmup_steps)
 
+        # The optimiser holds weights by their contiguous rows, also where the parameter is the transpose: fused Adam
+        # copies other layouts, and mixes up elements when a file gives its moments back in another layout.
+        self._leaves = self._parameters_by_rows()
+        rows_FD = self.ae.decoder_rows
+        decoder = [leaf for leaf in self._leaves.values() if leaf.data_ptr() == rows_FD.data_ptr()]
+        if len(decoder) != 1 or not rows_FD.is_contiguous():
+            raise TypeError(f"{type(self.ae).__name__}.decoder_rows is not a contiguous view of a parameter")
+        self._decoder_leaf_FD = decoder[0]
         units = set(self.ae.scaled_with_data)
         groups = [
-            {"params": [p for n, p in self.ae.named_parameters() if (n in units) == in_units], "in_data_units": in_units}
+            {
+                "params": [leaf for name, leaf in self._leaves.items() if (name in units) == in_units],
+                "in_units": in_units,
+            }
             for in_units in (False, True)
         ]
-        fused = self.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=self.lr, fused=fused)
+        self.optimizer = torch.optim.Adam(groups, lr=self.lr, fused=self.device.type in ("cpu", "cuda"))
         self.input_scale = 1.0  # root mean squared norm of the first batch, in the data's units
         self.tokens_since_fired_F = torch.zeros(dict_size, dtype=torch.long, device=self.device)
         self.last: LossOutput | None = None
@@ -149,17 +162,17 @@ class SAETrainer(ABC):
         if step == 0:
             self.initialize(x_BD)
         out = self.compute_loss(x_BD, step)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.ae.zero_grad(set_to_none=True)
         (out.loss / self.input_scale**2).backward()
+        self._collect_gradients()
         if self.unit_norm_decoder:
             self._remove_parallel_gradient()
-        torch.nn.utils.clip_grad_norm_(self.ae.parameters(), GRADIENT_CLIP)
-        scale = self._lr_scale(step)
+        torch.nn.utils.clip_grad_norm_(self._leaves.values(), GRADIENT_CLIP)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * scale * (self.input_scale if group["in_data_units"] else 1.0)
+            group["lr"] = self.lr * self._lr_scale(step) * (self.input_scale if group["in_units"] else 1.0)
         self.optimizer.step()
         if self.unit_norm_decoder:
-            self.ae.normalize_decoder()
+            self._normalize_decoder()
         self.last = out.detach()
         self.tokens_since_fired_F += len(x_BD)
         self.tokens_since_fired_F.masked_fill_(out.fired_F, 0)
@@ -172,35 +185,53 @@ class SAETrainer(ABC):
         self.input_scale = float(x_BD.pow(2).sum(-1).mean().sqrt()) or 1.0
         self.ae.decoder_bias.copy_(geometric_median(x_BD))
 
-    def after_update(self, x_BD: Tensor, step: int, out: LossOutput) -> None:
+    def after_update(self, x_BD: Tensor, step: int, out: LossOutput) -> None:  # noqa: B027 (most have nothing to do)
         """Called behind every optimiser step, for what an architecture tracks or projects."""
 
+    def _parameters_by_rows(self) -> dict[str, Tensor]:
+        """Name -> the parameter's memory, the encoder's and the decoder's as [F, D]."""
+        rows = {rows_FD.data_ptr(): rows_FD for rows_FD in (self.ae.encoder_rows, self.ae.decoder_rows)}
+        return {name: rows.get(p.data_ptr(), p).detach() for name, p in self.ae.named_parameters()}
+
     @torch.no_grad()
+    def _collect_gradients(self) -> None:
+        """Hand the parameters and their gradients to the optimiser; what is in the data's units gets its gradient per
+        `input_scale`, so that clipping and Adam see the same numbers whatever the units."""
+        memory = self._parameters_by_rows()  # anew, since the dictionary may have been moved
+        for name, parameter in self.ae.named_parameters():
+            leaf, grad = self._leaves[name], parameter.grad
+            leaf.data = memory[name]
+            if grad is not None:
+                as_it_is = (leaf.shape, leaf.stride()) == (parameter.shape, parameter.stride())
+                grad = grad if as_it_is else grad.t()
+                if name in self.ae.scaled_with_data:
+                    grad.mul_(self.input_scale)
+            leaf.grad = grad
+
     def _remove_parallel_gradient(self) -> None:
         """Drop the part of the decoder gradient along the decoder rows, which the normalisation would undo."""
-        grad_FD = self.decoder_gradient()
-        rows_FD = self.ae.decoder_rows
+        rows_FD, grad_FD = self._decoder_leaf_FD, self._decoder_leaf_FD.grad
+        assert grad_FD is not None
         grad_FD.addcmul_((grad_FD * rows_FD).sum(dim=1, keepdim=True), rows_FD, value=-1.0)
 
-    def decoder_gradient(self) -> Tensor:
-        """[F, D] gradient of the decoder rows (a view of the parameter's gradient)."""
-        for parameter in self.ae.parameters():
-            if parameter.data_ptr() == self.ae.decoder_rows.data_ptr():
-                assert parameter.grad is not None
-                return parameter.grad if parameter.shape == self.ae.decoder_rows.shape else parameter.grad.t()
-        raise RuntimeError(f"{type(self.ae).__name__}.decoder_rows is not a view of a parameter")
+    def _normalize_decoder(self) -> None:
+        """Scale every decoder row to unit norm."""
+        rows_FD = self._decoder_leaf_FD
+        rows_FD.div_(rows_FD.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(rows_FD.dtype).tiny))
 
     def loss(self, x: Tensor, step: int | None = None, logging: bool = False) -> Tensor | LossLog:
         """The loss of a batch [B, D] as a scalar, or with `logging` its parts in the field's layout."""
-        out = self.compute_loss(x, self.steps if step is None else step)
+        x_BD = x.to(self.device, torch.float32)
+        out = self.compute_loss(x_BD, self.steps if step is None else step)
         if not logging:
             return out.loss
         losses = {"loss": out.loss.item()} | {name: term.item() for name, term in out.terms.items()}
-        return LossLog(x, out.x_hat_BD, self.ae.encode(x), losses)
+        return LossLog(x_BD, out.x_hat_BD, self.ae.encode(x_BD), losses)
 
     @torch.no_grad()
     def metrics(self, x_BD: Tensor) -> dict[str, float]:
-        """Metrics of the last update, whose batch was `x_BD`; reads the device once."""
+        """Metrics of the last update, whose batch was `x_BD`; reads the device once. `nz_frac` is the fraction of
+        latents that fired in the batch."""
         if self.last is None:
             raise RuntimeError("metrics() before the first update()")
         out = self.last
@@ -248,7 +279,7 @@ class SAETrainer(ABC):
         return {name: value.item() for name, value in self.logged_tensors().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next `update` depends on."""
+        """Everything that the next `update` depends on: the live tensors, so save or copy it before that."""
         return {
             "ae": self.ae.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -258,7 +289,7 @@ class SAETrainer(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.ae.load_state_dict(state["ae"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the given tensors
         self.tokens_since_fired_F.copy_(state["tokens_since_fired"])
         self.input_scale = float(state["input_scale"])
 
@@ -273,7 +304,8 @@ def trainer_class(architecture: str) -> type[SAETrainer]:
 
     if architecture not in TRAINERS:
         raise UserError(
-            f"Unknown architecture '{architecture}': use one of {', '.join(TRAINERS)}.{did_you_mean(architecture, TRAINERS)}"
+            f"Unknown architecture '{architecture}': use one of {', '.join(TRAINERS)}."
+            f"{did_you_mean(architecture, TRAINERS)}"
         )
     return TRAINERS[architecture]
 

@@ -16,9 +16,26 @@ from hypothesis import strategies as st
 
 from data_prep import stream_texts
 from data_prep.embedded import MODEL_DIR, SAMPLES_DIR
-from data_prep.embedded.contexts import END_OF_TEXT, batches, encode, pack, read_corpus, tokenized, train_tokenizer
+from data_prep.embedded.contexts import (
+    END_OF_TEXT,
+    TokenText,
+    batches,
+    encode,
+    pack,
+    read_corpus,
+    tokenized,
+    train_tokenizer,
+)
 from data_prep.embedded.model_card import command, longest_recited
-from data_prep.embedded.train_model import TrainModelConfig, evaluate, load, main, next_token_loss, train_model
+from data_prep.embedded.train_model import (
+    PROMPTS,
+    TrainModelConfig,
+    evaluate,
+    load,
+    main,
+    next_token_loss,
+    train_model,
+)
 from dictionary_learning.errors import UserError
 
 LOSS_BOUND = 4.5  # nats a token; random weights: 8.3, token frequencies alone: 6.8
@@ -112,14 +129,15 @@ def test_loss_on_the_samples_is_far_below_a_model_that_knows_only_frequencies(em
 
 @pytest.mark.skipif(not REAL_RECORDS.is_dir(), reason="the records that the model was trained on are not here")
 def test_the_held_out_loss_on_the_card_is_the_measured_one(embedded):
+    """It fails too when the split moves, as by other rules in `splits.py`: then the card speaks of other questions."""
     corpus = read_corpus([str(REAL_RECORDS), "embedded"], None, 0.05)
     model, tokenizer = embedded
-    documents = [np.array(ids) for ids in tokenizer(corpus.held_out).input_ids]
-    with torch.no_grad():
-        parts = pack(documents, 256, tokenizer.bos_token_id)[::3].split(16)
-        loss = sum(float(next_token_loss(model, part, "sum")) for part in parts) / sum(p[:, 1:].numel() for p in parts)
+    documents = encode(tokenizer.backend_tokenizer, corpus.held_out)
+    contexts_CL = pack(documents, 256, tokenizer.bos_token_id)
+    loss = evaluate(model, TokenText(tokenizer.backend_tokenizer, tokenizer.bos_token_id, [], contexts_CL, 1.0)).loss
+    assert not model.training
     on_card = re.search(r"\*\*this model\*\* \| \*\*([\d.]+)\*\*", (MODEL_DIR / "README.md").read_text())
-    assert on_card and loss == pytest.approx(float(on_card.group(1)), abs=0.1)  # a third of the contexts
+    assert on_card and loss == pytest.approx(float(on_card.group(1)), abs=0.02)
 
 
 def test_the_card_names_licence_use_and_training():
@@ -132,7 +150,8 @@ def test_the_card_names_licence_use_and_training():
 # ---------------------------------------------------------------------------------------------- the script
 
 
-def test_twenty_steps_lower_the_loss_and_leave_a_loadable_model_with_its_card(tmp_path):
+def test_twenty_steps_lower_the_loss_and_leave_a_loadable_model_with_its_card(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.embedded.train_model.PROMPTS", PROMPTS[:1])  # the card is written 20 times
     out = tmp_path / "lm"
     assert main(_arguments(small(out, steps=20, eval_minutes=1e-6))) == 0
     card = (out / "README.md").read_text(encoding="utf-8")

@@ -216,7 +216,7 @@ def test_memory_does_not_grow_with_the_number_of_records(tmp_path):
         [sys.executable, "-c", MEMORY_PROGRAM, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     medium, large = map(float, run.stdout.split("MiB")[1].split())
-    assert large - medium < -100
+    assert large - medium < 4
 
 
 def test_the_stream_itself_holds_a_record_at_a_time(tmp_path):
