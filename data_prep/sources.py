@@ -291,40 +291,57 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
 # ---------------------------------------------------------------------------------------------- the Hub
 
 
-def open_hub_split(spec: CorpusSpec, first_row: int) -> Iterator[dict[str, Any]]:
-    """The rows of a corpus on the Hub from `first_row` on, streamed. The seam that tests replace."""
+def open_hub_split(hub_path: str, split: str, first_row: int) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset on the Hub from `first_row` on, streamed. The seam that tests replace."""
     from datasets import load_dataset
 
-    return iter(load_dataset(spec.hub_path, split=spec.split, streaming=True).skip(first_row))
+    return iter(load_dataset(hub_path, split=split, streaming=True).skip(first_row))
 
 
-def read_hub(spec: CorpusSpec, *, retries: int = 100, wait: float = 20.0) -> Iterator[RawRecord]:
-    """A corpus streamed from the Hub. A read that breaks is tried again, `wait` seconds later, after the last row it
-    gave; `retries` failures in a row without a new row, or one that no retry can mend, end in a UserError.
+def hub_rows(
+    hub_path: str,
+    split: str,
+    *,
+    start: int = 0,
+    retries: int = 100,
+    wait: float = 20.0,
+    instead: str = "a local file or folder",
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of any dataset on the Hub after the first `start`, with their numbers, which count from 1.
+
+    A read that breaks is tried again, `wait` seconds later, after the last row it gave; `retries` failures in a row
+    without a new row, or one that no retry can mend, end in a UserError that advises to work offline with `instead`.
     """
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     hopeless = (DatasetNotFoundError, OfflineModeIsEnabled, ImportError, TypeError, AttributeError, NameError)
-    row = failures = 0
+    row, failures = start, 0
     while True:
         try:
-            for record in open_hub_split(spec, row):
+            for record in open_hub_split(hub_path, split, row):
                 row, failures = row + 1, 0
-                yield RawRecord(spec.name, spec.split, f"{spec.hub_path} row {row}", record)
+                yield row, record
             return
         except Exception as error:
             failures += 1
             shown = f"{type(error).__name__}: {_one_line(error)}"
-            if isinstance(error, hopeless) or failures >= retries:
+            # A plain ValueError is how `datasets` says that there is no such split or configuration.
+            if isinstance(error, hopeless) or type(error) is ValueError or failures >= retries:
                 tries = "1 try" if failures == 1 else f"{failures:,} tries"
                 raise UserError(
-                    f"Could not read {spec.hub_path} (split {spec.split}) from the Hub after {tries} ({shown}): check "
-                    f"the network, or work offline with --source embedded or --source DIR, a folder that holds "
-                    f"{spec.name}/{spec.split}.jsonl or .parquet."
+                    f"Could not read {hub_path} (split {split}) from the Hub after {tries} ({shown}): check the "
+                    f"network, or work offline with {instead}."
                 ) from error
-            log.warning("%s: %s; try %d of %d in %g s", spec.hub_path, shown, failures + 1, retries, wait)
+            log.warning("%s: %s; try %d of %d in %g s", hub_path, shown, failures + 1, retries, wait)
         time.sleep(wait)
+
+
+def read_hub(spec: CorpusSpec, *, retries: int = 100, wait: float = 20.0) -> Iterator[RawRecord]:
+    """One of the six corpora, streamed from the Hub by `hub_rows`."""
+    instead = f"--source embedded or --source DIR, a folder that holds {spec.name}/{spec.split}.jsonl or .parquet"
+    for row, record in hub_rows(spec.hub_path, spec.split, retries=retries, wait=wait, instead=instead):
+        yield RawRecord(spec.name, spec.split, f"{spec.hub_path} row {row}", record)
 
 
 def _one_line(error: Exception) -> str:

@@ -249,7 +249,9 @@ class ActivationBuffer:
             raise UserError("The buffer is empty: the activation source gave no rows.")
         live = torch.from_numpy(np.sort(self._slots[: self._n_live])).to(self.device)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for part in live.split(max(1, 2**18 // rows.shape[1])):  # 2 MiB each: their copies must be small beside the ring
+        for part in live.split(
+            max(1, 2**18 // rows.shape[1])
+        ):  # 2 MiB each: their copies must be small beside the ring
             total += rows[part].double().pow_(2).sum()
         return total.item() / self._n_live
 

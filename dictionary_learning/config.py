@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 from dictionary_learning.errors import UserError, did_you_mean
 
 CONFIG_VERSION = 1
-_STRICT = {"extra": "forbid"}  # unknown keys are errors
+_STRICT = {"extra": "forbid", "allow_inf_nan": False}  # unknown keys and NaN are errors
+_SIZES = ("num_tokens", "ctx_len", "harvest_contexts", "buffer_contexts", "batch_size", "eval_tokens", "eval_contexts")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class DictionarySpec:
     lr: float | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise UserError(f"The width of a dictionary must be positive, got {self.width}.")
+        _check_seed(self.seed)
+
     def trainer_arguments(self) -> dict[str, Any]:
         """Arguments of the trainer that this spec decides."""
         return {
@@ -115,17 +121,21 @@ class RunConfig:
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
-        if self.version != CONFIG_VERSION:
-            raise UserError(f"This configuration has version {self.version}, this program reads version {CONFIG_VERSION}.")
         if not self.dictionaries:
             raise UserError("The run has no dictionaries: name at least one architecture and one sparsity.")
-        for name in ("num_tokens", "ctx_len", "harvest_contexts", "buffer_contexts", "batch_size", "eval_tokens", "eval_contexts"):
+        for name in _SIZES:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}.")
         if not 0 < self.heldout_fraction < 1:
             raise UserError(f"heldout_fraction must lie between 0 and 1, got {self.heldout_fraction}.")
         if self.num_tokens < self.batch_size:
             raise UserError(f"num_tokens {self.num_tokens} is less than one batch of {self.batch_size} activations.")
+        if self.max_activation_norm_multiple is not None and self.max_activation_norm_multiple < 1:
+            raise UserError(
+                "max_activation_norm_multiple counts medians and must be at least 1, or null for no filter, got "
+                f"{self.max_activation_norm_multiple}."
+            )
+        _check_seed(self.seed)
 
     @property
     def steps(self) -> int:
@@ -155,20 +165,28 @@ def resolve(
     """The configuration of a run: a preset, a sweep, and what the command line gave in their place.
 
     Raises:
-        UserError: an architecture that is unknown or has no sparsities in the sweep, a bad size, a repeated dictionary.
+        UserError: an architecture that is unknown or has no sparsities in the sweep, a bad size, a repeated
+            dictionary, a single value where the sweep lists values.
     """
     from dictionary_learning.trainers import trainer_class
 
+    named = _several("architectures", architectures or sweep.architectures)
+    others = (
+        _several("widths", widths or preset.widths),
+        _several("learning_rates", learning_rates or sweep.learning_rates),
+        _several("seeds", seeds or sweep.seeds),
+    )
     specs = []
-    for hook_point, architecture in itertools.product(hook_points, architectures or sweep.architectures):
+    for hook_point, architecture in itertools.product(hook_points, named):
         trainer_class(architecture)
-        if not (choices := sweep.sparsities.get(architecture)):
+        choices = {name: _several(name, values) for name, values in sweep.sparsities.get(architecture, {}).items()}
+        if not choices or not all(choices.values()):
             raise UserError(f"The sweep has no sparsities for '{architecture}': add them to demo_config.py.")
         settings = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-        for width, sparsity, lr, seed in itertools.product(
-            widths or preset.widths, settings, learning_rates or sweep.learning_rates, seeds or sweep.seeds
-        ):
-            specs.append(DictionarySpec(architecture, hook_point, width, sparsity, lr, seed))
+        specs += [
+            DictionarySpec(architecture, hook_point, width, sparsity, lr, seed)
+            for width, sparsity, lr, seed in itertools.product(others[0], settings, *others[1:])
+        ]
     for index, spec in enumerate(specs):
         if spec in specs[:index]:
             raise UserError(f"The sweep names the dictionary '{spec.label}' twice.")
@@ -176,6 +194,17 @@ def resolve(
     values = {name: getattr(preset, name) for name in shared}
     values |= {name: value for name, value in changes.items() if value is not None}
     return RunConfig(dictionaries=specs, **values)
+
+
+def _several(name: str, values: Any) -> Sequence[Any]:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise UserError(f"The sweep lists values of {name}: write ({values!r},) in place of {values!r}.")
+    return values
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UserError(f"A seed must be at least 0 and below 2^63, got {seed}.")
 
 
 def config_from_dict(data: Any, where: str = "configuration") -> RunConfig:
@@ -186,16 +215,20 @@ def config_from_dict(data: Any, where: str = "configuration") -> RunConfig:
     """
     import pydantic
 
+    if isinstance(data, Mapping) and data.get("version", CONFIG_VERSION) != CONFIG_VERSION:
+        raise UserError(f"{where}: version {data['version']!r} is not {CONFIG_VERSION}, which this program reads.")
     try:
         return pydantic.TypeAdapter(RunConfig).validate_python(data)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the top level"
+        place = f"field '{'.'.join(map(str, first['loc']))}'" if first["loc"] else "the top level"
         if first["type"] == "unexpected_keyword_argument":
             owner = DictionarySpec if len(first["loc"]) > 1 else RunConfig
             known = [f.name for f in dataclasses.fields(owner)]
-            raise UserError(f"{where}: unknown field '{place}'.{did_you_mean(first['loc'][-1], known)}") from None
-        raise UserError(f"{where}: field '{place}': {first['msg']}.") from None
+            raise UserError(f"{where}: unknown {place}.{did_you_mean(first['loc'][-1], known)}") from None
+        if first["type"] == "value_error":  # from __post_init__, which says it all
+            raise UserError(f"{where}: {first['ctx']['error']}") from None
+        raise UserError(f"{where}: {place}: {first['msg']}.") from None
 
 
 def load_config(path: Path) -> RunConfig:
@@ -209,11 +242,14 @@ def load_config(path: Path) -> RunConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The configuration '{path}' can't be read: {getattr(error, 'strerror', None) or error}.") from error
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"The configuration '{path}' can't be read: {why}.") from error
+    form = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"The configuration '{path}' is not valid {path.suffix.lstrip('.') or 'YAML'}: {error}") from error
+        data = json.loads(text) if form == "JSON" else yaml.safe_load(text)
+    except Exception as error:  # PyYAML passes on whatever its constructors stumble over
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"The configuration '{path}' is not valid {form}: {why}.") from error
     if isinstance(data, dict) and "config" in data:  # a run.json
         data = data["config"]
     return config_from_dict(data, str(path))
@@ -223,4 +259,3 @@ def changed_fields(old: RunConfig, new: RunConfig) -> list[str]:
     """Names of the fields in which two configurations differ."""
     before, after = old.to_dict(), new.to_dict()
     return [name for name in after if before[name] != after[name]]
-

@@ -269,13 +269,13 @@ def _fingerprint(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _medical_corpus(name: str, source: str, fingerprint: str | None = None) -> Corpus:
-    """Raw records of the six medical QA corpora, formatted on the way by data_prep."""
+def _medical_corpus(name: str, source: str, fingerprint: str | None = None, corpora: list[str] | None = None) -> Corpus:
+    """Raw records of the six medical QA corpora (or of `corpora`), formatted on the way by data_prep."""
 
     def read(start: int) -> Iterator[Text]:
         from data_prep.sources import stream_texts
 
-        for row in stream_texts(source, start=start):
+        for row in stream_texts(source, corpora, start=start):
             yield Text(row["text"], row["source_dataset"], row["question_key"])
 
     if fingerprint is None:
@@ -331,10 +331,14 @@ def _parsed(line: str, file: Path, number: int) -> Any:
 
 
 def _hub_corpus(path: str, split: str) -> Corpus:
-    from data_prep.sources import stream_hub_rows
+    from data_prep.sources import CORPORA, hub_rows
+
+    for spec in CORPORA.values():
+        if spec.hub_path == path:
+            return _medical_corpus(path, "hub", f"hub:{path}", [spec.name])
 
     def read(start: int) -> Iterator[Text]:
-        for row in stream_hub_rows(path, split, start=start):
-            yield _as_text(row, path, f" in split '{split}'")
+        for row, record in hub_rows(path, split, start=start):
+            yield _as_text(record, path, f" in split '{split}', row {row}")
 
     return Corpus(path, read, f"hub:{path}:{split}")

@@ -38,9 +38,10 @@ class EvalResult:
     """Pooled metrics of one dictionary.
 
     l0: mean number of active latents. frac_variance_explained: 1 - sum |x - x_hat|^2 / sum |x - mean x|^2.
-    mse: mean squared error an element. cossim: mean cosine of x and x_hat. l2_ratio: mean |x_hat| / |x|.
-    relative_reconstruction_bias: E|x_hat|^2 / E[x . x_hat], equation 10 of arXiv:2404.16014; 1 is unbiased.
-    frac_alive: share of latents that fired at all. tokens: activations measured.
+    mse: mean squared error an element. cossim: mean cosine of x and x_hat. l2_ratio: mean |x_hat| / |x| (both over
+    x other than 0). relative_reconstruction_bias: E|x_hat|^2 / E[x . x_hat], equation 10 of arXiv:2404.16014; 1 is
+    unbiased. frac_alive: share of latents that fired at all. tokens: activations measured. What is 0 / 0, as the
+    variance explained of activations that don't vary, is NaN.
 
     With a language model: loss_original / _reconstructed / _zero: cross-entropy in nats a token with the activation
     left, replaced by x_hat, set to zero. frac_recovered: (zero - reconstructed) / (zero - original). kl: mean
@@ -73,31 +74,37 @@ class PooledMetrics:
     def __init__(self, dictionary: Dictionary) -> None:
         self.dictionary = dictionary
         self.tokens = 0
-        device = dictionary.decoder_rows.device
-        self.fired_F = torch.zeros(dictionary.dict_size, dtype=torch.bool, device=device)
-        self.sum_D = torch.zeros(dictionary.activation_dim, dtype=torch.float64, device=device)
-        self.sums = torch.zeros(7, dtype=torch.float64, device=device)
+        self.device = dictionary.decoder_rows.device
+        home = "cpu" if self.device.type == "mps" else self.device  # MPS has no float64
+        self.fired_F = torch.zeros(dictionary.dict_size, dtype=torch.bool, device=home)
+        self.sum_D = torch.zeros(dictionary.activation_dim, dtype=torch.float64, device=home)
+        self.sums = torch.zeros(8, dtype=torch.float64, device=home)
 
     @torch.no_grad()
     def update(self, x_BD: Tensor) -> Tensor:
         """Take in activations [B, D]; the reconstructions [B, D]."""
-        x_BD = x_BD.to(self.fired_F.device, self.dictionary.decoder_rows.dtype)
+        home = self.sums.device
+        x_BD = x_BD.to(self.device, self.dictionary.decoder_rows.dtype)
         x_hat_BD, acts_BF = self.dictionary(x_BD, output_features=True)
-        active_BF = acts_BF != 0
-        x, x_hat = x_BD.double(), x_hat_BD.double()
-        x_norm, x_hat_norm, dot = x.norm(dim=1), x_hat.norm(dim=1), (x * x_hat).sum(1)
+        active_BF = (acts_BF != 0).to(home)
+        x, x_hat = x_BD.to(home).double(), x_hat_BD.to(home).double()
+        x_norm_B, x_hat_norm_B, dot_B = x.norm(dim=1), x_hat.norm(dim=1), (x * x_hat).sum(1)
+        somewhere_B = x_norm_B != 0
         self.tokens += len(x)
         self.fired_F |= active_BF.any(0)
         self.sum_D += x.sum(0)
-        self.sums += torch.stack([
-            active_BF.sum().double(),
-            (x - x_hat).pow(2).sum(),
-            x_norm.pow(2).sum(),
-            x_hat_norm.pow(2).sum(),
-            dot.sum(),
-            (dot / (x_norm * x_hat_norm).clamp_min(1e-30)).sum(),
-            (x_hat_norm / x_norm.clamp_min(1e-30)).sum(),
-        ])
+        self.sums += torch.stack(
+            [
+                active_BF.sum().double(),
+                (x - x_hat).pow(2).sum(),
+                x.pow(2).sum(),
+                x_hat.pow(2).sum(),
+                dot_B.sum(),
+                (dot_B / (x_norm_B * x_hat_norm_B).clamp_min(1e-30)).sum(),
+                (x_hat_norm_B / x_norm_B)[somewhere_B].sum(),
+                somewhere_B.sum().double(),
+            ]
+        )
         return x_hat_BD
 
     def result(self, **losses: float) -> EvalResult:
@@ -109,14 +116,15 @@ class PooledMetrics:
         n = self.tokens
         if n == 0:
             raise UserError("There is nothing to evaluate on: no activations were given.")
-        active, error, square, square_hat, dot, cosines, ratios = self.sums.tolist()
+        active, error, square, square_hat, dot, cosines, ratios, somewhere = self.sums.tolist()
         variance = square - self.sum_D.pow(2).sum().item() / n
+        varies = not variance <= 1e-12 * square  # less is rounding, and NaN stays NaN
         return EvalResult(
             l0=active / n,
-            frac_variance_explained=1 - error / variance if variance > 0 else math.nan,
+            frac_variance_explained=1 - error / variance if varies else math.nan,
             mse=error / (n * len(self.sum_D)),
-            cossim=cosines / n,
-            l2_ratio=ratios / n,
+            cossim=cosines / somewhere if somewhere else math.nan,
+            l2_ratio=ratios / somewhere if somewhere else math.nan,
             relative_reconstruction_bias=square_hat / dot if dot else math.nan,
             frac_alive=self.fired_F.double().mean().item(),
             tokens=n,
@@ -139,7 +147,7 @@ def evaluate(
     pooled = PooledMetrics(dictionary)
     for x_BD in itertools.islice(activations, n_batches):
         pooled.update(x_BD)
-    return {name: value for name, value in pooled.result().to_dict().items() if value is not None}
+    return {name: value for name, value in dataclasses.asdict(pooled.result()).items() if value is not None}
 
 
 @torch.no_grad()
@@ -166,6 +174,8 @@ def evaluate_dictionaries(
     """
     from dictionary_learning.activations.language_model import LanguageModelActivations
 
+    if not dictionaries:
+        return []
     hook_points = list(dict.fromkeys(name for name, _ in dictionaries))
     pooled = [PooledMetrics(dictionary) for _, dictionary in dictionaries]
     losses = [_LossSums() for _ in dictionaries]
@@ -176,9 +186,12 @@ def evaluate_dictionaries(
         if max_activation_norm_multiple is not None:
             flat = {name: x[keep_CL] for name, x in acts.items()}
             usual = LanguageModelActivations._usual_rows(flat, max_activation_norm_multiple)
-            keep_CL = torch.zeros_like(keep_CL).flatten().index_fill_(
-                0, keep_CL.flatten().nonzero().flatten()[usual], True
-            ).view_as(keep_CL)
+            keep_CL = (
+                torch.zeros_like(keep_CL)
+                .flatten()
+                .index_fill_(0, keep_CL.flatten().nonzero().flatten()[usual], True)
+                .view_as(keep_CL)
+            )
         measure = _LossMeter(batch.tokens_CL.to(lm.device), keep_CL, batch.keep_CL.to(lm.device), logits_CLV)
         for name in hook_points:
             blank = acts[name].masked_fill(keep_CL[..., None], 0.0)
@@ -197,13 +210,15 @@ def evaluate_dictionaries(
         original, reconstructed, kl = sums.means()
         zero = zeros[name].means()[1]
         gap = zero - original
-        results.append(metrics.result(
-            loss_original=original,
-            loss_reconstructed=reconstructed,
-            loss_zero=zero,
-            frac_recovered=(zero - reconstructed) / gap if gap else math.nan,
-            kl=kl,
-        ))
+        results.append(
+            metrics.result(
+                loss_original=original,
+                loss_reconstructed=reconstructed,
+                loss_zero=zero,
+                frac_recovered=(zero - reconstructed) / gap if gap else math.nan,
+                kl=kl,
+            )
+        )
     return results
 
 
@@ -217,12 +232,12 @@ class _LossMeter:
         self.original = self._loss(self.log_p_NV)
 
     def _loss(self, log_p_NV: Tensor) -> float:
-        return -log_p_NV.gather(1, self.targets_N[:, None]).double().sum().item()
+        return -log_p_NV.gather(1, self.targets_N[:, None]).cpu().double().sum().item()
 
     def __call__(self, logits_CLV: Tensor) -> tuple[int, float, float, float]:
         """(predictions, summed original loss, summed loss under `logits_CLV`, summed KL)."""
         log_q_NV = logits_CLV[:, :-1][self.where].float().log_softmax(-1)
-        kl = (self.log_p_NV.exp() * (self.log_p_NV - log_q_NV)).sum(-1).double().sum().item()
+        kl = (self.log_p_NV.exp() * (self.log_p_NV - log_q_NV)).sum(-1).cpu().double().sum().item()
         return len(self.targets_N), self.original, self._loss(log_q_NV), kl
 
 
@@ -242,26 +257,27 @@ class _LossSums:
 
 
 def sorted_along_front(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a summary by hook point and L0, with `front` True where no dictionary of that hook point has a lower L0 and
-    recovers as much of the loss (or, without a loss, explains as much variance)."""
-    ordered = sorted(rows, key=lambda row: (str(row.get("hook_point")), row["l0"]))
+    """Rows of a summary by hook point and L0, with `front` True for the best trade-offs: where no other dictionary of
+    that hook point has as low an L0 and recovers as much of the loss (or, without a loss, explains as much variance).
+    """
+
+    def quality(row: dict[str, Any]) -> float:
+        values = (row.get("frac_recovered"), row["frac_variance_explained"])
+        return next((value for value in values if value is not None), -math.inf)
+
     best: dict[Any, float] = {}
     out = []
-    for row in ordered:
-        quality = row.get("frac_recovered")
-        quality = row["frac_variance_explained"] if quality is None else quality
-        quality = -math.inf if quality is None else quality
-        place = row.get("hook_point")
-        front = quality > best.get(place, -math.inf)
-        best[place] = max(quality, best.get(place, -math.inf))
-        out.append({**row, "front": front})
+    for row in sorted(rows, key=lambda row: (str(row.get("hook_point")), row["l0"], -quality(row))):
+        best_so_far = best.get(row.get("hook_point"), -math.inf)
+        out.append({**row, "front": quality(row) > best_so_far})
+        best[row.get("hook_point")] = max(quality(row), best_so_far)
     return out
 
 
 def write_summary(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write `summary.csv`, one line a dictionary."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [])
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     with atomic_file(path) as handle:

@@ -18,13 +18,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch import Tensor
 
 from dictionary_learning.errors import UserError
 
 STATES_KEPT = 2
-_TENSOR, _ITEMS = "__tensor__", "__items__"  # markers in state.json
+STATE_VERSION = 1
+_STATE_FILES = ("state.json", "state.safetensors")
+_TENSOR, _ITEMS, _FLOAT = "__tensor__", "__items__", "__float__"  # what state.json marks, since JSON lacks it
 
 
 @contextlib.contextmanager
@@ -58,8 +59,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"'{path}' does not exist.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' is not a readable JSON file: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' is not a readable JSON file: {error}.") from error
 
 
 def finite(value: Any) -> Any:
@@ -75,38 +76,50 @@ def finite(value: Any) -> Any:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as safetensors, each in its logical layout."""
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_file(path, "wb") as handle:
-        handle.write(save(plain))
+        save_file(plain, handle.name)  # straight into the file: a state may be half of the memory
 
 
 def save_state(folder: Path, step: int, tree: Any) -> Path:
-    """Write `tree` (nested dicts and lists of tensors and JSON values) as the state of a step; drop the oldest ones."""
+    """Write `tree` as the state of a step, and drop the older ones but one.
+
+    Args:
+        tree: nested mappings and sequences of tensors, strings, numbers, booleans and None. Keys are kept as they are;
+            tuples come back as lists.
+
+    Raises:
+        TypeError: the tree holds anything else.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.glob(".step_*"):  # by a run that was killed while it wrote
+        shutil.rmtree(abandoned, ignore_errors=True)
     final = folder / f"step_{step:09d}"
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{final.name}."))
     try:
         tensors: dict[str, Tensor] = {}
         write_json(temporary / "state.json", _encode(tree, "", tensors))
         write_tensors(temporary / "state.safetensors", tensors)
-        files = {name: _sha256(temporary / name) for name in ("state.json", "state.safetensors")}
-        write_json(temporary / "manifest.json", {"version": 1, "step": step, "sha256": files})
+        files = {name: _sha256(temporary / name) for name in _STATE_FILES}
+        write_json(temporary / "manifest.json", {"version": STATE_VERSION, "step": step, "sha256": files})
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in saved_states(folder)[STATES_KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+    states = saved_states(folder)
+    here = states.index(final)  # what is newer is damaged, or of a run that began anew
+    for other in [*states[:here], *states[here + STATES_KEPT :]]:
+        shutil.rmtree(other, ignore_errors=True)
     return final
 
 
 def saved_states(folder: Path) -> list[Path]:
     """Folders of complete states, newest first."""
-    return sorted((p for p in folder.glob("step_*") if p.is_dir()), reverse=True)
+    return sorted((p for p in folder.glob("step_*") if p.name[5:].isdecimal() and p.is_dir()), reverse=True)
 
 
 def load_newest_state(folder: Path) -> tuple[int, Any]:
@@ -118,28 +131,36 @@ def load_newest_state(folder: Path) -> tuple[int, Any]:
     for path in saved_states(folder):
         try:
             manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-            for name, digest in manifest["sha256"].items():
-                if name not in ("state.json", "state.safetensors") or _sha256(path / name) != digest:
+            if manifest["version"] != STATE_VERSION:
+                raise ValueError(f"its version is {manifest['version']!r}, not {STATE_VERSION}")
+            for name in _STATE_FILES:
+                if _sha256(path / name) != manifest["sha256"][name]:
                     raise ValueError(f"{name} does not match its checksum")
             from safetensors.torch import load_file
 
             tensors = load_file(path / "state.safetensors")
             return int(manifest["step"]), _decode(json.loads((path / "state.json").read_text("utf-8")), tensors)
         except Exception as error:  # whatever is wrong with it, the one before may be whole
-            warnings.warn(f"The saved state {path.name} is damaged ({error}); trying the one before.", stacklevel=2)
+            why = f"{type(error).__name__}: {error}"
+            warnings.warn(f"The saved state {path.name} is damaged ({why}); trying the one before.", stacklevel=2)
     raise UserError(f"There is no usable saved state in '{folder}': start the run anew without --resume.")
 
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().clone()
-        return {_TENSOR: path}
+        name = f"{len(tensors)}{path}"  # numbered, because different keys can spell one path
+        tensors[name] = value.detach().to("cpu", copy=True)  # tensors that share memory can't be written as they are
+        return {_TENSOR: name}
     if isinstance(value, Mapping):
-        if all(isinstance(key, str) for key in value):
+        if all(isinstance(key, str) and key not in (_TENSOR, _ITEMS, _FLOAT) for key in value):
             return {key: _encode(item, f"{path}/{key}", tensors) for key, item in value.items()}
+        if not all(isinstance(key, bool | int | float | str | None) for key in value):
+            raise TypeError(f"a state's keys must be strings or numbers (at {path})")
         return {_ITEMS: [[key, _encode(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         return [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: str(float(value))}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a state can't hold a {type(value).__name__} (at {path})")
@@ -152,6 +173,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return value
     if _TENSOR in value:
         return tensors[value[_TENSOR]]
+    if _FLOAT in value:
+        return float(value[_FLOAT])
     if _ITEMS in value:
         return {key: _decode(item, tensors) for key, item in value[_ITEMS]}
     return {key: _decode(item, tensors) for key, item in value.items()}
@@ -171,26 +194,24 @@ def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     Raises:
         UserError: it can't be written, holds another run or foreign files, or has nothing to resume.
     """
-    marker = folder / "run.json"
-    if resume:
-        if not marker.is_file():
-            raise UserError(f"There is no run to resume in '{folder}': give the --save_dir of an interrupted run.")
-    elif folder.exists() and not folder.is_dir():
-        raise UserError(f"save_dir '{folder}' is a file: give a folder.")
-    elif folder.is_dir() and any(folder.iterdir()):
-        if not marker.is_file():
-            raise UserError(f"save_dir '{folder}' holds other files: give a new or empty folder.")
-        if not overwrite:
-            raise UserError(
-                f"save_dir '{folder}' holds another run: choose another folder, or add --resume to go on with that run "
-                "or --overwrite to replace it."
-            )
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
+    with _said_of(folder):
+        holds_run = (folder / "run.json").is_file()
+        if resume:
+            if not holds_run:
+                raise UserError(f"There is no run to resume in '{folder}': give the --save_dir of an interrupted run.")
+        elif folder.exists() and not folder.is_dir():
+            raise UserError(f"save_dir '{folder}' is a file: give a folder.")
+        elif folder.is_dir() and any(folder.iterdir()):
+            if not holds_run:
+                raise UserError(f"save_dir '{folder}' holds other files: give a new or empty folder.")
+            if not overwrite:
+                raise UserError(
+                    f"save_dir '{folder}' holds another run: choose another folder, or add --resume to go on with that "
+                    "run or --overwrite to replace it."
+                )
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=existing):
             pass
-    except OSError as error:
-        raise UserError(f"save_dir '{folder}' can't be written ({error.strerror or error}): give another folder.") from error
 
 
 def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool, bytes_needed: int = 0) -> None:
@@ -200,8 +221,9 @@ def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool, bytes_nee
         UserError: see `check_run_folder`; or its disk lacks `bytes_needed`.
     """
     check_run_folder(folder, resume=resume, overwrite=overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    with _said_of(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
     if bytes_needed > free:
         raise UserError(
             f"The disk of '{folder}' has {free / 1e9:.1f} GB left, but the run needs {bytes_needed / 1e9:.1f} GB: free "
@@ -212,3 +234,13 @@ def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool, bytes_nee
             (folder / name).unlink(missing_ok=True)
         for old in [folder / "state", *folder.glob("trainer_*")]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _said_of(folder: Path) -> Iterator[None]:
+    """Turn the system's refusals inside the block into one sentence about `folder`."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"save_dir '{folder}' can't be written ({why}): give another folder.") from error

@@ -190,7 +190,9 @@ size = run(256, 200)
 print(size, peak() - before)
 """
     root = Path(__file__).parent.parent
-    out = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120, check=True
+    )
     size, grown = map(int, out.stdout.split())
     assert size == 64 * 2**20
     assert 0.9 * size < grown < 1.1 * size
@@ -432,7 +434,9 @@ def lm(tokenizer):
     from dictionary_learning.activations import TracedLM
 
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=257, n_layer=2, n_embd=8, n_head=2, n_positions=32, bos_token_id=256, eos_token_id=256)
+    config = GPT2Config(
+        vocab_size=257, n_layer=2, n_embd=8, n_head=2, n_positions=32, bos_token_id=256, eos_token_id=256
+    )
     return TracedLM.load(GPT2LMHeadModel(config).eval(), tokenizer)
 
 
@@ -453,7 +457,9 @@ def test_the_rows_are_the_models_activations_at_the_place_their_provenance_names
     expected = 0
     for tokens in ContextPacker(TEXTS, tokenizer, ctx_len=16, batch_contexts=4):
         with torch.no_grad():
-            hidden = lm.module.transformer(tokens.tokens_CL, output_hidden_states=True, use_cache=False).last_hidden_state
+            hidden = lm.module.transformer(
+                tokens.tokens_CL, output_hidden_states=True, use_cache=False
+            ).last_hidden_state
             outputs = lm.capture(tokens.tokens_CL, "resid_post_layer_1")["resid_post_layer_1"]
         torch.testing.assert_close(lm.module.transformer.ln_f(outputs), hidden)
         wanted = tokens.keep_CL if remove_bos else tokens.real_CL

@@ -135,6 +135,62 @@ def test_the_embedded_samples():
     assert {"medqa", "medmcqa", "pubmedqa"} <= {text.corpus for text in texts}
 
 
+class FlakyHub:
+    """A Hub whose reads break off after `burst` rows, `failures` times."""
+
+    def __init__(self, rows, burst=2, failures=3, error=ConnectionError):
+        self.rows, self.burst, self.failures, self.error = rows, burst, failures, error
+        self.opened = []
+
+    def __call__(self, hub_path, split, first_row):
+        self.opened.append((hub_path, split, first_row))
+        self.failures -= 1
+        if self.failures < 0:
+            yield from self.rows[first_row:]
+            return
+        yield from self.rows[first_row : first_row + self.burst]
+        raise self.error("broken off")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    from data_prep import sources
+
+    def serve(*args, **settings):
+        served = FlakyHub(*args, **settings)
+        monkeypatch.setattr(sources, "open_hub_split", served)
+        return served
+
+    monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
+    return serve
+
+
+@pytest.mark.parametrize("spec", ["user/texts", "hf://user/texts"])
+def test_any_dataset_of_the_hub_is_read_on_after_breaks_and_from_any_row(hub, spec):
+    served = hub([{"text": text} for text in TEXTS[:9]])
+    corpus = open_corpus(spec, hub_split="validation")
+    assert served.opened == [("user/texts", "validation", 0)]
+    assert [(text.text, text.corpus) for text in corpus.read(0)] == [(text, "user/texts") for text in TEXTS[:9]]
+    assert served.opened[1:] == [("user/texts", "validation", row) for row in (0, 2, 4)]
+    assert [text.text for text in corpus.read(6)] == TEXTS[6:9] and served.opened[-1][2] == 6
+
+
+def test_a_medical_corpus_of_the_hub_is_formatted(hub):
+    served = hub([MEDMCQA, {**MEDMCQA, "cop": -1}, {**MEDMCQA, "question": "Another?"}])
+    texts = list(TextStream(open_corpus("openlifescienceai/medmcqa")))
+    assert [text.text.splitlines()[0] for text in texts] == [MEDMCQA["question"], "Another?"]
+    assert {text.corpus for text in texts} == {"medmcqa"}
+    assert {opened[:2] for opened in served.opened} == {("openlifescienceai/medmcqa", "train")}
+
+
+def test_a_dataset_of_the_hub_without_a_text_or_a_split_is_refused(hub):
+    hub([{"content": "x"}], failures=0)
+    assert "no 'text' in split 'train', row 1: its fields are content" in message("user/texts")
+    served = hub([], burst=0, failures=9, error=ValueError)  # how `datasets` refuses an unknown split
+    assert "Could not read user/texts (split train) from the Hub after 1 try" in message("user/texts")
+    assert len(served.opened) == 1
+
+
 # ---------------------------------------------------------------------------------------------- hostile and empty
 
 
@@ -167,11 +223,13 @@ def test_empty_corpora_are_refused_before_a_run_begins(tmp_path):
     assert "has no name" in message("")
 
 
-def test_a_misspelt_path_suggests_what_is_there(tmp_path, monkeypatch):
+def test_a_misspelt_path_suggests_what_is_there_and_does_not_ask_the_hub(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
+    asked = hub([{"text": "x"}], failures=0).opened
     write_jsonl(tmp_path / "data" / "notes.jsonl", [{"text": "x"}])
     for spec in (tmp_path / "data" / "note.jsonl", "data/note.jsonl", "./data/note.jsonl"):
         assert "Did you mean 'notes.jsonl'?" in message(spec)
+    assert not asked
     assert "Did you mean 'data'?" in message("dat")
     assert "Did you mean 'embedded'?" in message("embeded")
     assert "none of .jsonl" in message(write_jsonl(tmp_path / "a.csv", ["text"]))

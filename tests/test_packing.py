@@ -163,7 +163,9 @@ def test_unpacked_each_document_is_one_context_cut_and_padded_on_the_right(name,
             real = batch.real_CL[row]
             n = int(real.sum())
             assert batch.tokens_CL[row, real].tolist() == expected and real[:n].all()
-            assert batch.position_CL[row].tolist() == [-1] * len(bos) + list(range(n - len(bos))) + [-1] * (len(real) - n)
+            assert batch.position_CL[row].tolist() == [-1] * len(bos) + list(range(n - len(bos))) + [-1] * (
+                len(real) - n
+            )
             assert torch.equal(batch.keep_CL[row], batch.position_CL[row] >= 0)
             assert (batch.document_CL[row] == number).all()
             longest, number = max(longest, n), number + 1

@@ -156,7 +156,11 @@ def test_a_seed_permutes_blocks_and_rows_and_keeps_hook_points_aligned(folder):
 
 
 def test_endless_epochs_go_round(folder):
-    assert numbers(islice(SavedActivations(folder, batch_rows=30, epochs=None), 7)) == [*range(30), *range(30), *range(10)]
+    assert numbers(islice(SavedActivations(folder, batch_rows=30, epochs=None), 7)) == [
+        *range(30),
+        *range(30),
+        *range(10),
+    ]
 
 
 @given(batch_rows=st.integers(1, 12), seed=st.none() | st.integers(0, 3), data=st.data())

@@ -161,7 +161,7 @@ class FlakyHub:
         self.error = error or ConnectionError("reset by peer")
         self.opened_at = []
 
-    def __call__(self, spec, first_row):
+    def __call__(self, hub_path, split, first_row):
         self.opened_at.append(first_row)
         breaks = self.failures > 0
         self.failures -= 1
@@ -224,6 +224,6 @@ def test_the_hub_is_asked_for_a_stream_from_the_row_on(monkeypatch):
         return rows.to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows = list(sources.open_hub_split(CORPORA["mmlu_college_medicine"], 3))
+    rows = list(sources.open_hub_split("openlifescienceai/mmlu_college_medicine", "test", 3))
     assert [row["id"] for row in rows] == ["3", "4"]
     assert asked == {"path": "openlifescienceai/mmlu_college_medicine", "split": "test", "streaming": True}
