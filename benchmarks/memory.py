@@ -36,7 +36,9 @@ def main(args: Args) -> None:
     process = psutil.Process()
     lm = TracedLM.load(str(MODEL_DIR))
     stream = TextStream(open_corpus(args.corpus), epochs=None, seed=0)
-    small = ActivationBuffer(stream, lm, "resid_post_layer_2", n_ctxs=64, ctx_len=128, refresh_batch_size=32, out_batch_size=1024)
+    small = ActivationBuffer(
+        stream, lm, "resid_post_layer_2", n_ctxs=64, ctx_len=128, refresh_batch_size=32, out_batch_size=1024
+    )
     for _ in range(10):
         next(small)  # everything that is not the buffer is in memory now
     before = process.memory_info().rss
@@ -51,16 +53,24 @@ def main(args: Args) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     buffer = ActivationBuffer(
-        stream, lm, "resid_post_layer_2", n_ctxs=args.buffer_contexts, ctx_len=128, refresh_batch_size=32,
-        out_batch_size=1024, remove_bos=True,
+        stream,
+        lm,
+        "resid_post_layer_2",
+        n_ctxs=args.buffer_contexts,
+        ctx_len=128,
+        refresh_batch_size=32,
+        out_batch_size=1024,
+        remove_bos=True,
     )
     for _ in range(20):
         next(buffer)
     done.set()
     watcher.join()
     grown = peak[0] - before
-    print(f"buffer {buffer.nbytes / MB:.0f} MiB; peak growth while filling and drawing {grown / MB:.0f} MiB = "
-          f"{grown / buffer.nbytes:.3f} x its size")
+    print(
+        f"buffer {buffer.nbytes / MB:.0f} MiB; peak growth while filling and drawing {grown / MB:.0f} MiB = "
+        f"{grown / buffer.nbytes:.3f} x its size"
+    )
 
     steps = args.tokens // 1024
     every = max(1, steps // 20)

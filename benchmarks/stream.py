@@ -54,7 +54,9 @@ def main(args: Args) -> None:
     corpus = open_corpus("embedded")
 
     def packer() -> ContextPacker:
-        return ContextPacker(TextStream(corpus, epochs=None, seed=0), lm.tokenizer, ctx_len=128, batch_contexts=contexts)
+        return ContextPacker(
+            TextStream(corpus, epochs=None, seed=0), lm.tokenizer, ctx_len=128, batch_contexts=contexts
+        )
 
     def harvest(names: list[str]) -> Iterator[int]:
         for acts in LanguageModelActivations(lm, packer(), names):
@@ -62,8 +64,14 @@ def main(args: Args) -> None:
 
     def buffered(names: list[str], train: bool) -> Iterator[int]:
         buffer = ActivationBuffer(
-            TextStream(corpus, epochs=None, seed=0), lm, names, n_ctxs=contexts * 8, ctx_len=128,
-            refresh_batch_size=contexts, out_batch_size=batch, remove_bos=True,
+            TextStream(corpus, epochs=None, seed=0),
+            lm,
+            names,
+            n_ctxs=contexts * 8,
+            ctx_len=128,
+            refresh_batch_size=contexts,
+            out_batch_size=batch,
+            remove_bos=True,
         )
         width_of_acts = next(iter(buffer.source.widths.values()))
         trainer = TopKTrainer(100_000, width_of_acts, width, 32, None, None, seed=0, device="cpu")

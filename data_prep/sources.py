@@ -313,9 +313,8 @@ def hub_rows(
     without a new row, or one that no retry can mend, end in a UserError that advises to work offline with `instead`.
     """
     from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    hopeless = (DatasetNotFoundError, OfflineModeIsEnabled, ImportError, TypeError, AttributeError, NameError)
+    hopeless = (DatasetNotFoundError, ImportError, TypeError, AttributeError, NameError)
     row, failures = start, 0
     while True:
         try:
@@ -326,8 +325,9 @@ def hub_rows(
         except Exception as error:
             failures += 1
             shown = f"{type(error).__name__}: {_one_line(error)}"
-            # A plain ValueError is how `datasets` says that there is no such split or configuration.
-            if isinstance(error, hopeless) or type(error) is ValueError or failures >= retries:
+            # `datasets` says "no such split" by a plain ValueError, and "offline" in the words of a ConnectionError.
+            offline = "offlinemode" in shown.lower().replace(" ", "")
+            if isinstance(error, hopeless) or offline or type(error) is ValueError or failures >= retries:
                 tries = "1 try" if failures == 1 else f"{failures:,} tries"
                 raise UserError(
                     f"Could not read {hub_path} (split {split}) from the Hub after {tries} ({shown}): check the "

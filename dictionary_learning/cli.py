@@ -41,7 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sae-factory {__version__}")
         return 0
     if command not in COMMANDS:
-        print(f"Error: unknown command '{command}': use one of {', '.join(COMMANDS)}.{did_you_mean(command, COMMANDS)}", file=sys.stderr)
+        print(
+            f"Error: unknown command '{command}': use one of {', '.join(COMMANDS)}.{did_you_mean(command, COMMANDS)}",
+            file=sys.stderr,
+        )
         return USER_ERROR_EXIT
     return COMMANDS[command](arguments)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -196,10 +196,10 @@ def resolve(
     return RunConfig(dictionaries=specs, **values)
 
 
-def _several(name: str, values: Any) -> Sequence[Any]:
-    if isinstance(values, str) or not isinstance(values, Sequence):
+def _several(name: str, values: Any) -> list[Any]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
         raise UserError(f"The sweep lists values of {name}: write ({values!r},) in place of {values!r}.")
-    return values
+    return list(values)
 
 
 def _check_seed(seed: int) -> None:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from dictionary_learning.activations.language_model import LanguageModelActivations, TracedLM
-from dictionary_learning.config import RunConfig
+from dictionary_learning.config import DictionarySpec, RunConfig
 from dictionary_learning.trainers import trainer_class
 
 FLOAT = 4  # bytes; dictionaries, their gradients and Adam's moments are float32
 PROBE_SECONDS = 10.0
+PROBE_STEPS = 100  # length that the probed trainers are told; their schedules need one
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,11 @@ class Plan:
             ("dictionaries", f"{self.dictionaries:,}"),
             ("parameters", f"{self.parameters:,}"),
             ("tokens", f"{self.tokens:,} in {self.steps:,} steps"),
-            ("on the device", f"{_size(self.device_bytes)} (model {_size(self.model_bytes)}, buffer "
-                              f"{_size(self.buffer_bytes)}, dictionaries {_size(self.training_bytes)})"),
+            (
+                "on the device",
+                f"{_size(self.device_bytes)} (model {_size(self.model_bytes)}, buffer "
+                f"{_size(self.buffer_bytes)}, dictionaries {_size(self.training_bytes)})",
+            ),
             ("on disk", _size(self.disk_bytes)),
         ]
         if self.seconds is not None:
@@ -63,9 +68,13 @@ class Plan:
 
 
 def plan_run(config: RunConfig, lm: TracedLM, checkpoints: int = 0) -> Plan:
-    """The sizes of a run; times are filled in by `probe`."""
+    """The sizes of a run; times are filled in by `probe`.
+
+    Raises:
+        UserError: a dictionary that can't be, such as one with k > width; a hook point that the model lacks.
+    """
     widths = {point.name: point.width for point in lm.resolve(config.hook_points)}
-    parameters = [_parameters(widths[spec.hook_point], spec.width) for spec in config.dictionaries]
+    parameters = [_parameters(spec, widths[spec.hook_point]) for spec in config.dictionaries]
     itemsize = torch.empty((), dtype=lm.dtype).element_size()
     buffer_rows = config.buffer_contexts * config.ctx_len
     buffer_bytes = buffer_rows * sum(widths.values()) * itemsize
@@ -85,11 +94,16 @@ def plan_run(config: RunConfig, lm: TracedLM, checkpoints: int = 0) -> Plan:
 
 
 def probe(
-    plan: Plan, config: RunConfig, source: LanguageModelActivations, device: torch.device, seconds: float = PROBE_SECONDS
+    plan: Plan,
+    config: RunConfig,
+    source: LanguageModelActivations,
+    device: torch.device,
+    seconds: float = PROBE_SECONDS,
 ) -> Plan:
-    """The plan with rates measured for `seconds`: half on harvesting, half on one step of each kind of dictionary."""
+    """The plan with rates measured for `seconds`: half on harvesting, half on steps of each kind of dictionary."""
     began, rows, batch = time.perf_counter(), 0, None
     next(source)  # the first forward pays for warming up
+    _wait(device)
     warm = time.perf_counter()
     while batch is None or time.perf_counter() - began < seconds / 2:
         batch = next(source, None)
@@ -107,7 +121,7 @@ def probe(
     for (architecture, width, d), count in kinds.items():
         spec = next(s for s in config.dictionaries if (s.architecture, s.width) == (architecture, width))
         trainer = trainer_class(architecture)(
-            steps=100, activation_dim=d, layer=None, lm_name=None, device=device, **spec.trainer_arguments()
+            steps=PROBE_STEPS, activation_dim=d, layer=None, lm_name=None, device=device, **spec.trainer_arguments()
         )
         x_BD = torch.randn(config.batch_size, d, device=device) / d**0.5
         trainer.update(0, x_BD)
@@ -115,20 +129,21 @@ def probe(
         _wait(device)
         start, steps = time.perf_counter(), 0
         while steps == 0 or time.perf_counter() - start < seconds / 2 / len(kinds):
-            trainer.update(2 + steps, x_BD)
+            trainer.update(min(2 + steps, PROBE_STEPS - 1), x_BD)
             _wait(device)
-            steps = min(steps + 1, 97)
+            steps += 1
         step_seconds += count * (time.perf_counter() - start) / steps
         del trainer
-    return Plan(**{
-        **{name: getattr(plan, name) for name in Plan.__dataclass_fields__},
-        "harvest_rate": harvest_rate,
-        "training_rate": config.batch_size / step_seconds,
-    })
+    return replace(plan, harvest_rate=harvest_rate, training_rate=config.batch_size / step_seconds)
 
 
-def _parameters(activation_dim: int, width: int) -> int:
-    return 2 * activation_dim * width + 2 * width + activation_dim
+def _parameters(spec: DictionarySpec, activation_dim: int) -> int:
+    """Parameters of a dictionary, counted on one without memory."""
+    cls = inspect.signature(trainer_class(spec.architecture)).parameters["dict_class"].default
+    given = {"activation_dim": activation_dim, **spec.trainer_arguments()}
+    with torch.device("meta"):
+        dictionary = cls(**{name: given[name] for name in inspect.signature(cls).parameters if name in given})
+    return sum(parameter.numel() for parameter in dictionary.parameters())
 
 
 def _wait(device: torch.device) -> None:
@@ -138,7 +153,7 @@ def _wait(device: torch.device) -> None:
 
 def _size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000:
+        if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} PB"

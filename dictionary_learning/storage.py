@@ -29,21 +29,29 @@ _TENSOR, _ITEMS, _FLOAT = "__tensor__", "__items__", "__float__"  # what state.j
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """A file handle whose content appears at `path` all at once when the block ends, and not at all if it fails."""
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`; what is written there appears at `path` all at once when the block ends, and not
+    at all if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
     try:
-        os.chmod(name, 0o644)
-        with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as handle:
-            yield handle
-            handle.flush()
+        yield Path(name)
+        with open(name, "rb") as handle:
             os.fsync(handle.fileno())
+        os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[IO[str]]:
+    """`atomic_path`, opened for writing text."""
+    with atomic_path(path) as name, name.open("w", encoding="utf-8") as handle:
+        yield handle
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -79,8 +87,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_file(path, "wb") as handle:
-        save_file(plain, handle.name)  # straight into the file: a state may be half of the memory
+    with atomic_path(path) as name:
+        save_file(plain, name)  # straight into the file: a state may take half of the memory
 
 
 def save_state(folder: Path, step: int, tree: Any) -> Path:

@@ -97,7 +97,7 @@ class JsonlSink(SilentSink):
     def start(self, step: int, configs: Mapping[str, Mapping[str, Any]]) -> None:
         kept = []
         if step > 0 and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line)
@@ -127,7 +127,9 @@ class ProgressSink(SilentSink):
     def start(self, step: int, configs: Mapping[str, Mapping[str, Any]]) -> None:
         from tqdm import tqdm
 
-        self.bar = tqdm(total=self.total_tokens, unit="tok", unit_scale=True, disable=not self.show_bar, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=self.total_tokens, unit="tok", unit_scale=True, disable=not self.show_bar, dynamic_ncols=True
+        )
 
     def advance(self, step: int, tokens: int) -> None:
         if self._tokens_at_start is None:
@@ -167,23 +169,31 @@ class ProgressSink(SilentSink):
 class WandbSink(SilentSink):
     """Weights & Biases: one run a dictionary, all in one group. The token comes from wandb's own login or environment.
 
-    wandb sends from a process of its own, started with the spawn method, so it shares no CUDA state with training.
+    wandb sends from a service process of its own, which is started and not forked, so it shares no CUDA state with
+    training. WANDB_MODE=offline keeps the runs on disk, for `wandb sync`.
+
+    Raises:
+        UserError: wandb is not installed.
     """
 
-    def __init__(self, *, project: str, entity: str | None, group: str, directory: Path | None, mode: str | None = None) -> None:
+    def __init__(self, *, project: str, entity: str | None, group: str, directory: Path | None) -> None:
         try:
             import wandb
         except ImportError:
-            raise UserError("Weights & Biases is not installed: pip install 'sae-factory[wandb]', or leave out --use_wandb.") from None
+            raise UserError(
+                "Weights & Biases is not installed: pip install 'sae-factory[wandb]', or leave out --use_wandb."
+            ) from None
         self.wandb = wandb
-        self.settings = {"project": project or "sae-factory", "entity": entity or None, "group": group, "mode": mode}
+        self.project, self.entity, self.group = project or "sae-factory", entity or None, group
         self.directory = directory
         self.runs: dict[str, Any] = {}
 
     def start(self, step: int, configs: Mapping[str, Mapping[str, Any]]) -> None:
         for name, config in configs.items():
             self.runs[name] = self.wandb.init(
-                **self.settings,
+                project=self.project,
+                entity=self.entity,
+                group=self.group,
                 name=f"{config.get('wandb_name', 'dictionary')}-{name}",
                 config=dict(finite(config)),
                 dir=None if self.directory is None else os.fspath(self.directory),

@@ -144,7 +144,9 @@ class TrainingRun:
         if self.norm_factors or not self.normalize_activations:
             return
         if isinstance(self.data, ActivationBuffer):
-            squares: dict[str | None, float] = {name: self.data.mean_squared_norm(name) for name in self.data.hook_points}
+            squares: dict[str | None, float] = {
+                name: self.data.mean_squared_norm(name) for name in self.data.hook_points
+            }
         else:
             first = list(itertools.islice(self._batches, NORM_BATCHES))
             if not first:
@@ -157,7 +159,9 @@ class TrainingRun:
             squares = {name: torch.cat(parts).mean().item() for name, parts in rows.items()}
         for name, square in squares.items():
             if not 0 < square < float("inf"):
-                raise UserError(f"The activations of '{name}' can't be normalised: their mean squared norm is {square}.")
+                raise UserError(
+                    f"The activations of '{name}' can't be normalised: their mean squared norm is {square}."
+                )
         self.norm_factors = {name: square**0.5 for name, square in squares.items()}
 
     def _by_name(self, batch: Any) -> dict[str | None, Tensor]:
@@ -167,7 +171,9 @@ class TrainingRun:
         for name, tensor in acts.items():
             if not isinstance(tensor, Tensor) or tensor.ndim != 2:
                 shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise UserError(f"A batch of activations{f' of {name}' if name else ''} must be [rows, width], got {shape}.")
+                raise UserError(
+                    f"A batch of activations{f' of {name}' if name else ''} must be [rows, width], got {shape}."
+                )
         return acts
 
     def _normalized(self, batch: Any) -> dict[str | None, Tensor]:
@@ -304,8 +310,16 @@ def trainSAE(
         group = str((run_cfg or {}).get("group") or (folder.name if folder else "trainSAE"))
         sinks.append(WandbSink(project=wandb_project, entity=wandb_entity, group=group, directory=folder))
     run = TrainingRun(
-        data, trainers, steps, save_dir=folder, save_steps=save_steps or (), log_steps=log_steps, sinks=sinks,
-        state_every=state_every, normalize_activations=normalize_activations, callbacks=callbacks,
+        data,
+        trainers,
+        steps,
+        save_dir=folder,
+        save_steps=save_steps or (),
+        log_steps=log_steps,
+        sinks=sinks,
+        state_every=state_every,
+        normalize_activations=normalize_activations,
+        callbacks=callbacks,
     )
     if resume and folder is not None:
         run.load_state_dict(storage.load_newest_state(folder / "state")[1])

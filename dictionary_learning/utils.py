@@ -16,7 +16,9 @@ from dictionary_learning.storage import read_json
 WEIGHT_FILES = ("ae.safetensors", "ae.pt")
 
 
-def load_dictionary(base_path: str | os.PathLike[str], device: str | torch.device = "cpu") -> tuple[Dictionary, dict[str, Any]]:
+def load_dictionary(
+    base_path: str | os.PathLike[str], device: str | torch.device = "cpu"
+) -> tuple[Dictionary, dict[str, Any]]:
     """The dictionary in a folder (`ae.safetensors` or `ae.pt`, beside `config.json`) and its config.
 
     Raises:
@@ -28,9 +30,12 @@ def load_dictionary(base_path: str | os.PathLike[str], device: str | torch.devic
         trainer = config["trainer"]
         cls = dictionary_class(trainer["dict_class"])
     except (KeyError, TypeError):
-        raise UserError(f"'{folder / 'config.json'}' does not say trainer.dict_class: it is no dictionary's config.") from None
-    kwargs = {"k": int(trainer["k"])} if "k" in trainer and "k" not in read_weights(folder) else {}
-    return cls.from_pretrained(folder, device=device, **kwargs), config
+        path = folder / "config.json"
+        raise UserError(f"'{path}' does not say trainer.dict_class: it is no dictionary's config.") from None
+    options: dict[str, Any] = {}
+    if "k" in trainer and "k" not in read_weights(folder):  # older files of weights leave k to the config
+        options["k"] = trainer["k"]
+    return cls.from_pretrained(folder, device=device, **options), config
 
 
 def get_nested_folders(path: str | os.PathLike[str]) -> list[str]:
@@ -50,8 +55,15 @@ def hf_dataset_to_generator(dataset_name: str, split: str = "train", streaming: 
 
 
 def get_submodule(model: Any, layer: int) -> Any:
-    """The block of a layer, whose output is the residual stream, of any model with a list of blocks."""
+    """The block of a layer, whose output is the residual stream, of any model with a list of blocks.
+
+    An nnsight model gives its envoy, anything else that `TracedLM.load` takes the module.
+
+    Raises:
+        UserError: see `TracedLM.load`; the layer is out of range.
+    """
     from dictionary_learning.activations.language_model import TracedLM
 
-    path = TracedLM.load(model).resolve(f"resid_post_layer_{layer}")[0].path
-    return model.get(path) if hasattr(model, "get") else model.get_submodule(path)
+    lm = TracedLM.load(model)
+    path = lm.resolve(f"resid_post_layer_{layer}")[0].path
+    return model.get(path) if hasattr(model, "get") else lm.module.get_submodule(path)

@@ -191,6 +191,13 @@ def test_a_dataset_of_the_hub_without_a_text_or_a_split_is_refused(hub):
     assert len(served.opened) == 1
 
 
+def test_a_name_that_only_the_hub_may_know_does_not_wait_for_it_offline(monkeypatch):
+    from data_prep import sources
+
+    monkeypatch.setattr(sources.time, "sleep", lambda seconds: pytest.fail("waited for the Hub"))
+    assert "from the Hub after 1 try" in message("user/nothere")
+
+
 # ---------------------------------------------------------------------------------------------- hostile and empty
 
 

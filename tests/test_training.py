@@ -22,7 +22,11 @@ from dictionary_learning.training import TrainingRun
 from dictionary_learning.utils import load_dictionary
 
 D, F, B, STEPS = 16, 64, 64, 24
-SPARSITY: dict[str, dict[str, Any]] = {"top_k": {"k": 4}, "jump_relu": {"target_l0": 4.0}, "standard": {"l1_penalty": 0.05}}
+SPARSITY: dict[str, dict[str, Any]] = {
+    "top_k": {"k": 4},
+    "jump_relu": {"target_l0": 4.0},
+    "standard": {"l1_penalty": 0.05},
+}
 
 
 def activations(rows: int = B * STEPS + 256, scale: float = 3.0, seed: int = 0) -> Tensor:
@@ -57,7 +61,9 @@ def test_a_dictionary_trained_among_others_is_bit_for_bit_what_it_is_alone(archi
 def test_logging_does_not_change_training() -> None:
     quiet = trainSAE(stream(), [config("top_k")], STEPS)[0]
     chatty = trainSAE(stream(), [config("top_k")], STEPS, log_steps=1)[0]
-    assert all(torch.equal(a, b) for a, b in zip(quiet.state_dict().values(), chatty.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(quiet.state_dict().values(), chatty.state_dict().values(), strict=True)
+    )
 
 
 def test_the_configs_are_left_unmodified() -> None:
@@ -119,7 +125,9 @@ def test_files_load_as_the_dictionaries_that_were_returned(tmp_path: Path) -> No
         assert torch.equal(loaded(x), dictionary(x))
         assert saved["trainer"]["dict_class"] == type(dictionary).__name__
         assert saved["buffer"]["out_batch_size"] == B
-        checkpoint = type(dictionary).from_pretrained(tmp_path / f"trainer_{index}" / "checkpoints" / "ae_10.safetensors")
+        checkpoint = type(dictionary).from_pretrained(
+            tmp_path / f"trainer_{index}" / "checkpoints" / "ae_10.safetensors"
+        )
         assert not torch.equal(checkpoint(x), dictionary(x))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["trainer"]) for line in lines] == [
@@ -189,7 +197,8 @@ def test_jump_relu_settles_at_its_target_l0() -> None:
     g = torch.Generator().manual_seed(0)
     directions = torch.randn(128, 64, generator=g)
     data = [
-        (torch.rand(256, 128, generator=g) * (torch.rand(256, 128, generator=g) < 0.1)) @ directions for _ in range(steps)
+        (torch.rand(256, 128, generator=g) * (torch.rand(256, 128, generator=g) < 0.1)) @ directions
+        for _ in range(steps)
     ]
     trainer = {"trainer": JumpReluTrainer, "activation_dim": 64, "dict_size": 256, "layer": 0, "lm_name": "", "seed": 0}
     dictionary = trainSAE(data, [{**trainer, "target_l0": 8.0}], steps, normalize_activations=True)[0]

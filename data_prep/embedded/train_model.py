@@ -5,7 +5,7 @@ In: the records of a folder, of the Hub or of the embedded samples, as `stream_t
 
     python -m data_prep.embedded.train_model --source ../shared/data/medical_qa --out runs/tiny_lm --minutes 40
 
-About a million tokens pass by some twenty times: dropout, weight decay and a fresh order of the documents in each
+About a million tokens pass by a dozen times or more: dropout, weight decay and a fresh order of the documents in each
 epoch hold over-fitting off, and the weights with the lowest held-out loss are the ones kept. Held out are all records
 of one question in twenty, by the same stable hash as `sae-factory prep --split`.
 

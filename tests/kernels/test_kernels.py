@@ -81,7 +81,9 @@ def test_cpu_kernels_equal_dense_autograd(problem: dict[str, Any]) -> None:
     for name, one, other in zip(("pre", "values", "x_hat", *NAMES), expected, found, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype, name
         scale = max(1.0, one.abs().max().item())
-        torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            other, one, rtol=tolerance, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_cpu_kernels_pass_gradcheck() -> None:
