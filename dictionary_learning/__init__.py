@@ -24,7 +24,22 @@ _HOMES = {
     "trainSAE": "training",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "ActivationBuffer",
+    "AutoEncoder",
+    "AutoEncoderTopK",
+    "Dictionary",
+    "IdentityDict",
+    "JumpReluAutoEncoder",
+    "TracedLM",
+    "UserError",
+    "__version__",
+    "evaluate_dictionaries",
+    "extract",
+    "load_dictionary",
+    "open_corpus",
+    "trainSAE",
+]
 
 if TYPE_CHECKING:
     from dictionary_learning.activations.extract import extract

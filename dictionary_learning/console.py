@@ -42,9 +42,8 @@ def print_stream_facts(run: TrainingRun, buffer: Any) -> None:
     texts = buffer.source.contexts.texts
     facts = [f"{run.tokens:,} activations, {texts.epoch + 1} pass(es) over the corpus begun"]
     if mixing:
-        facts.append(
-            f"{mixing['rows_per_context']:.2f} rows a context in the last batch, {mixing['rows_alone']:.0%} alone in theirs"
-        )
+        each, alone = mixing["rows_per_context"], mixing["rows_alone"]
+        facts.append(f"{each:.2f} rows a context in the last batch, {alone:.0%} of them alone")
     facts.append(f"{buffer.source.rows_dropped_by_norm:,} of {buffer.source.rows_seen:,} rows dropped for their norm")
     print("Stream: " + "; ".join(facts) + ".")
 

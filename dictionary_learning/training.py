@@ -125,7 +125,8 @@ class TrainingRun:
         self.tokens += len(next(iter(inputs.values())))
         self.tracker.advance(self.step, self.tokens)
         if self.log_steps and (self.step % self.log_steps == 0 or self.step == self.steps):
-            metrics = [trainer.metrics(self._input_of(trainer, inputs)) for trainer in self.trainers]
+            mixing = self.data.mixing() if isinstance(self.data, ActivationBuffer) else {}
+            metrics = [trainer.metrics(self._input_of(trainer, inputs)) | mixing for trainer in self.trainers]
             self.tracker.metrics(self.step, self.tokens, dict(zip(self.names, metrics, strict=True)))
         if self.save_dir is not None:
             if self.step in self.save_steps:
@@ -187,15 +188,13 @@ class TrainingRun:
     def _input_of(self, trainer: SAETrainer, inputs: Mapping[str | None, Tensor]) -> Tensor:
         acts = next(iter(inputs.values())) if len(inputs) == 1 else inputs.get(trainer.submodule_name)
         if acts is None:
-            known = ", ".join(map(str, inputs))
             raise UserError(
-                f"The data has several hook points ({known}): set submodule_name of {trainer.wandb_name} to one of them, "
-                f"not {trainer.submodule_name!r}."
+                f"The data has several hook points ({', '.join(map(str, inputs))}): set submodule_name of "
+                f"{trainer.wandb_name} to one of them, not {trainer.submodule_name!r}."
             )
-        if acts.shape[1] != trainer.ae.activation_dim:
-            raise UserError(
-                f"{trainer.wandb_name} expects activations of width {trainer.ae.activation_dim}, the data has {acts.shape[1]}."
-            )
+        width = trainer.ae.activation_dim
+        if acts.shape[1] != width:
+            raise UserError(f"{trainer.wandb_name} expects activations of width {width}, the data has {acts.shape[1]}.")
         return acts
 
     # ------------------------------------------------------------------------------------------- results

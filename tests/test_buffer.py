@@ -362,6 +362,17 @@ def iter_draw(buffer):
         return
 
 
+def test_a_buffer_that_went_on_to_its_end_can_be_set_back():
+    buffer = buffer_of(300, points=("a", "b"), provenance=True)
+    next(buffer)
+    state = buffer.state_dict()
+    rest = list(buffer)
+    buffer.load_state_dict(state)
+    again = list(buffer)
+    assert len(again) == len(rest) > 10
+    assert all(torch.equal(x["b"], y["b"]) for x, y in zip(again, rest, strict=True))
+
+
 def test_a_state_of_another_buffer_is_refused():
     state = buffer_of().state_dict()
     for other in (buffer_of(capacity=256), buffer_of(points=("b",)), buffer_of(points=("a", "b"))):

@@ -104,6 +104,7 @@ def test_a_packed_stream_by_hand(tokenizer_bos_eos_pad):
     shown = [" ".join(t.convert_ids_to_tokens(row.tolist())) for row in batch.tokens_CL]
     assert shown == ["<bos> a b c <eos> d", "<bos> e <eos> f <eos> <pad>"]
     assert batch.real_CL.int().tolist() == [[1] * 6, [1, 1, 1, 1, 1, 0]]
+    assert batch.document_CL[1].tolist() == [1, 1, 1, 2, 2, 2]  # padding goes with the last document
 
 
 @each_tokenizer

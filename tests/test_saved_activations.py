@@ -151,8 +151,10 @@ def test_a_seed_permutes_blocks_and_rows_and_keeps_hook_points_aligned(folder):
     assert [block[0] for block in first] != sorted(block[0] for block in first)
     assert any(block != sorted(block) for block in first)
     both = read(0, epochs=2)
-    assert both[: len(first)] == first != both[len(first) :]
-    assert sorted(n for block in both[len(first) :] for n in block) == list(range(30))
+    second = both[len(first) :]
+    assert both[: len(first)] == first and sorted(n for block in second for n in block) == list(range(30))
+    assert [min(block) for block in first] != [min(block) for block in second]
+    assert sorted(first) != sorted(second)
 
 
 def test_endless_epochs_go_round(folder):

@@ -14,6 +14,7 @@ from trainer_cases import ARCHITECTURES, D, F, batches, formula, make
 from dictionary_learning.kernels import ENVIRONMENT
 from dictionary_learning.trainers import JumpReluTrainer, SAETrainer, TopKTrainer
 from dictionary_learning.trainers.jumprelu import JumpReLU, Step
+from dictionary_learning.trainers.trainer import LossLog
 
 
 def perturbed(trainer: SAETrainer, seed: int) -> SAETrainer:
@@ -137,8 +138,9 @@ def test_loss_with_logging_names_its_parts(architecture: str) -> None:
     trainer = make(architecture)
     x = batches(1)[0]
     log = trainer.loss(x, step=3, logging=True)
-    assert isinstance(log, tuple)
+    assert isinstance(log, LossLog)
     assert torch.equal(log.x, x) and torch.equal(log.f, trainer.ae.encode(x))
     assert log.losses["loss"] == pytest.approx(trainer.compute_loss(x, 3).loss.item())
     assert log.losses["l2_loss"] == pytest.approx((x - log.x_hat).pow(2).sum(1).mean().item(), rel=1e-5)
-    assert trainer.loss(x.bfloat16()).dtype == torch.float32  # type: ignore[union-attr]
+    plain = trainer.loss(x.bfloat16())
+    assert isinstance(plain, Tensor) and plain.dtype == torch.float32

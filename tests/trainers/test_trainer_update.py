@@ -111,7 +111,7 @@ def test_the_loss_of_an_update_is_that_of_compute_loss_and_the_batch_is_left_alo
     x = batches(4)[3]
     kept, expected = x.clone(), trainer.compute_loss(x, 3).loss.detach()
     assert torch.equal(trainer.update(3, x), expected)
-    assert torch.equal(x, kept) and not trainer.last.loss.requires_grad  # type: ignore[union-attr]
+    assert torch.equal(x, kept) and trainer.last is not None and not trainer.last.loss.requires_grad
 
 
 # ------------------------------------------------------------------------------------------------- no side effects
