@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-USAGE = """usage: sae-factory COMMAND [OPTIONS]
-
-  prep      medical QA records -> one table of texts (also: python -m data_prep)
-  train     text -> activations -> many trained dictionaries (also: python dictionary_learning/demo.py)
-
-sae-factory COMMAND --help lists the options of a command."""
-
-
-def _prep(arguments: Sequence[str]) -> int:
-    from data_prep.__main__ import main
-
-    return main(arguments)
+COMMANDS = {  # name -> (module:function that takes the arguments and gives the exit code, one line of help)
+    "prep": ("data_prep.__main__:main", "medical QA records -> one table of texts (also: python -m data_prep)"),
+    "harvest": ("dictionary_learning.harvest:main", "text -> activations saved as shards"),
+    "train": ("dictionary_learning.demo:main", "text -> activations -> many trained dictionaries"),
+    "export": ("dictionary_learning.formats.commands:export_main", "dictionaries -> the formats of other libraries"),
+    "import": ("dictionary_learning.formats.commands:import_main", "dictionaries of other libraries -> ours"),
+    "push": ("dictionary_learning.hub:push_main", "a run -> a repository on the Hugging Face Hub"),
+    "sync": ("dictionary_learning.sync:main", "a run's log -> Weights & Biases, after the fact"),
+}
 
 
-def _train(arguments: Sequence[str]) -> int:
-    from dictionary_learning.demo import main
-
-    return main(arguments)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"prep": _prep, "train": _train}
+def usage() -> str:
+    """The help of the command line."""
+    lines = [f"  {name:<9} {line}" for name, (_, line) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: sae-factory COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "sae-factory COMMAND --help lists the options of a command.",
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command, *arguments = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if command in ("-h", "--help"):
-        print(USAGE)
+        print(usage())
         return 0
     if command == "--version":
         print(f"sae-factory {__version__}")
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return USER_ERROR_EXIT
-    return COMMANDS[command](arguments)
+    module, function = COMMANDS[command][0].split(":")
+    return getattr(importlib.import_module(module), function)(arguments)
 
 
 if __name__ == "__main__":
