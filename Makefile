@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 RUN ?= runs/demo
 
-.PHONY: demo test lint venv clean
+.PHONY: demo test test-interop lint venv clean
 
 venv:
 	@./startup.sh
@@ -15,10 +15,14 @@ test: venv
 	$(PY) -m mypy
 	$(PY) -m pytest
 
+# Our exports in the real sae_lens and sparsify, and theirs here; skipped where those can't be installed.
+test-interop:
+	@./tests/interop/run.sh
+
 lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 clean:
-	rm -rf .venv runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-interop runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
