@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from dictionary_learning.errors import UserError
+from dictionary_learning.hub_client import check_push as check_push
+from dictionary_learning.hub_client import hub_endpoint, open_repository, reach_hub, said_plainly
 
 ROW_GROUP_ROWS = 2_000
 ROW_GROUP_CHARACTERS = 4 * 2**20
@@ -165,20 +167,6 @@ def _umask() -> int:
 # ---------------------------------------------------------------------------------------------- the Hub
 
 
-def check_push(repo: str) -> None:
-    """Raises UserError before the work begins if it could not end in a push: a bad name, or no token at all."""
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        raise UserError(f"--push_to {repo!r} is not a name of a Hub repository; give user/name.") from None
-    if not get_token():
-        raise UserError("--push_to needs a Hugging Face token: set HF_TOKEN or run `hf auth login`.")
-
-
 def push_folder(folder: Path, repo: str, *, private: bool = False, endpoint: str | None = None) -> str:
     """Uploads the table in `folder` to the dataset repository `repo` in one commit, and gives its address.
 
@@ -186,16 +174,13 @@ def push_folder(folder: Path, repo: str, *, private: bool = False, endpoint: str
     not stay beside new ones. `endpoint` (default: HF_ENDPOINT, else the Hub). Raises UserError when the Hub refuses or
     can't be reached, or when a private table would become public in a repository that is public already.
     """
-    from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HTTPError  # of the HTTP library that the installed version uses
+    from huggingface_hub import HfApi
 
-    api = HfApi(endpoint=endpoint or os.environ.get("HF_ENDPOINT") or None)
-    try:
-        url = api.create_repo(repo, repo_type="dataset", private=private or None, exist_ok=True)
-        if private and not api.repo_info(url.repo_id, repo_type="dataset").private:
-            raise UserError(
-                f"{repo} exists and is public: nothing was pushed. Choose another name, or leave --private."
-            )
+    endpoint = endpoint or hub_endpoint()
+    api = HfApi(endpoint=endpoint)
+    with said_plainly(f"Could not push to {repo}"):
+        reach_hub(endpoint)
+        url = open_repository(api, repo, repo_type="dataset", private=private)
         api.upload_folder(
             folder_path=folder,
             repo_id=url.repo_id,
@@ -204,7 +189,4 @@ def push_folder(folder: Path, repo: str, *, private: bool = False, endpoint: str
             allow_patterns=list(OWN_FILES),
             delete_patterns=["data/*.parquet"],
         )
-    except (HTTPError, OSError) as error:
-        message = " ".join(str(error).replace(get_token() or "\0", "***").split())[:300]
-        raise UserError(f"Could not push to {repo}: {type(error).__name__}: {message}.") from error
     return str(url)

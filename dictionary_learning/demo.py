@@ -27,6 +27,7 @@ from dictionary_learning import storage  # noqa: E402
 from dictionary_learning.config import RunConfig  # noqa: E402
 from dictionary_learning.demo_args import DemoArgs, resolve_config  # noqa: E402
 from dictionary_learning.errors import USER_ERROR_EXIT, UserError  # noqa: E402
+from dictionary_learning.hub_client import check_push  # noqa: E402
 
 if TYPE_CHECKING:
     from dictionary_learning.activations.language_model import TracedLM
@@ -113,13 +114,16 @@ def run_training(
     use_wandb: bool = False,
     wandb_project: str = "sae-factory",
     wandb_entity: str = "",
+    hf_repo_id: str | None = None,
+    hf_private: bool = False,
 ) -> int:
-    """Run a whole job: stream, train, evaluate, write. The exit code: 0, 3 where the stream ended early, 128 + signal.
+    """Run a whole job: stream, train, evaluate, write, push. The exit code: 0, 3 where the stream ended early, 4 where
+    all is on the disk but the push failed, 128 + signal.
 
     Raises:
         UserError: anything about the configuration, the model, the corpus or the folder that can't be.
     """
-    from dictionary_learning import console, planning, record
+    from dictionary_learning import console, hub, planning, record
     from dictionary_learning.activations.language_model import LanguageModelActivations
     from dictionary_learning.activations.loading import resolve_device
     from dictionary_learning.buffer import ActivationBuffer
@@ -127,6 +131,10 @@ def run_training(
     from dictionary_learning.tracking import ProgressSink, Sink, WandbSink
     from dictionary_learning.training import TrainingRun
 
+    if hf_private and not hf_repo_id:
+        raise UserError("--hf_private is about the Hub repository: it needs --hf_repo_id.")
+    if hf_repo_id:
+        check_push(hf_repo_id, "--hf_repo_id")
     torch_device = resolve_device(best_device() if device == "auto" else device)
     if not dry_run:
         storage.check_run_folder(save_dir, resume=resume, overwrite=overwrite)
@@ -183,14 +191,18 @@ def run_training(
     console.print_stream_facts(run, buffer)
     facts |= {"steps_done": run.step, "tokens_done": run.tokens}
     if run.stopped in ("SIGINT", "SIGTERM"):
+        run.tracker.close()
         storage.write_json(save_dir / "run.json", facts | {"status": f"stopped: {run.stopped}"})
         print(f"Stopped by {run.stopped} after step {run.step:,}; its state is saved. Go on with:")
         print(f"  {record.resume_command()}")
         return 130 if run.stopped == "SIGINT" else 143
     evaluate_run(config, lm, corpus, run, save_dir)
+    run.tracker.close()
     storage.write_json(
         save_dir / "run.json", facts | {"status": f"stopped: {run.stopped}" if run.stopped else "complete"}
     )
+    if hf_repo_id and not hub.push_finished_run(save_dir, hf_repo_id, hf_private):
+        return hub.PUSH_FAILED_EXIT
     return INCOMPLETE_EXIT if run.stopped else 0
 
 
@@ -234,7 +246,8 @@ def evaluate_run(config: RunConfig, lm: TracedLM, corpus: Corpus, run: TrainingR
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0, 2 for what the user can mend (one sentence), 3 for an incomplete run, 130 or 143 when stopped."""
+    """The command: 0, 2 for what the user can mend (one sentence), 3 for an incomplete run, 4 for a failed push,
+    130 or 143 when stopped."""
     args = tyro.cli(DemoArgs, args=argv, use_underscores=True)
     return run_command(args)
 

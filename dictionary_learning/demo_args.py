@@ -65,6 +65,10 @@ class DemoArgs:
     """Log each dictionary as a run of Weights & Biases (WANDB_MODE=offline works without a network)."""
     wandb_project: str = "sae-factory"
     wandb_entity: str = ""
+    hf_repo_id: str | None = None
+    """Repository on the Hugging Face Hub (user/name) to push the finished run to; made if it does not exist."""
+    hf_private: bool = False
+    """Make that repository private."""
     dry_run: bool = False
     """Print the plan (sizes, and the time by a ten-second probe) and stop."""
     resume: bool = False

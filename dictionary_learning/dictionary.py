@@ -100,13 +100,23 @@ class Dictionary(nn.Module, ABC):
         path: str | os.PathLike[str],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Load a dictionary from `ae.safetensors`, an `ae.pt`, or the folder that holds one.
+        """Load a dictionary from `ae.safetensors`, an `ae.pt`, the folder that holds one, or the Hub.
+
+        `user/repo` (or hf://user/repo) is a repository on the Hub: its `subfolder`, or without one the best of a
+        pushed run, at a `revision` (default: the newest).
 
         Raises:
             UserError: no such file, not a file of weights, or weights of another architecture.
         """
+        if isinstance(path, str) or subfolder or revision:
+            from dictionary_learning.hub_load import local_folder
+
+            path = local_folder(path, revision, subfolder)
         state = read_weights(path)
         try:
             dictionary = cls.from_state_dict(state, **kwargs)

@@ -238,7 +238,7 @@ def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool, bytes_nee
             "some space, give another folder, or train fewer or narrower dictionaries."
         )
     if overwrite and not resume:
-        for name in ("metrics.jsonl", "summary.csv", "report.html", "run.json"):
+        for name in ("metrics.jsonl", "summary.csv", "report.html", "run.json", "wandb.json"):
             (folder / name).unlink(missing_ok=True)
         for old in [folder / "state", *folder.glob("trainer_*")]:
             shutil.rmtree(old, ignore_errors=True)

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import queue
+import shlex
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dictionary_learning.errors import UserError
+from dictionary_learning import weights_and_biases
 from dictionary_learning.storage import atomic_file, finite
 
 log = logging.getLogger("dictionary_learning")
 
+QUEUE_LIMIT = 4096  # log steps that Weights & Biases may be behind
 LOG_LINE = ("loss", "l0", "frac_variance_explained", "nz_frac", "lr")
 
 
@@ -34,7 +37,11 @@ class Sink(Protocol):
 
     def message(self, text: str) -> None: ...
 
-    def finish(self, failed: bool) -> None: ...
+    def finish(self, failed: bool) -> None:
+        """Training is over."""
+
+    def close(self) -> None:
+        """The job is over: evaluation and report, where there are any, are on disk."""
 
 
 class SilentSink:
@@ -53,6 +60,9 @@ class SilentSink:
         pass
 
     def finish(self, failed: bool) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -76,6 +86,9 @@ class Tracker(SilentSink):
 
     def finish(self, failed: bool = False) -> None:
         self._send("finish", failed)
+
+    def close(self) -> None:
+        self._send("close")
 
     def _send(self, event: str, *arguments: Any) -> None:
         if self.record is not None:
@@ -167,44 +180,90 @@ class ProgressSink(SilentSink):
 
 
 class WandbSink(SilentSink):
-    """Weights & Biases: one run a dictionary, all in one group. The token comes from wandb's own login or environment.
+    """Weights & Biases: one run a dictionary, all in one group (see `weights_and_biases.WandbRuns`).
 
-    wandb sends from a service process of its own, which is started and not forked, so it shares no CUDA state with
-    training. WANDB_MODE=offline keeps the runs on disk, for `wandb sync`.
+    Everything that talks to wandb happens in a thread of its own, behind a queue: a server that hangs, refuses or
+    vanishes costs training nothing, and closing waits only as long as answers keep coming. Where an event does not fit
+    into the queue or wandb fails, no later one is sent, so that what arrived is a beginning of metrics.jsonl, and
+    `sae-factory sync` sends the rest. WANDB_MODE=offline keeps the runs on disk.
+
+    Args:
+        directory: the folder of the training run, or None (then artifacts are not sent).
+        config: what every run's config holds besides the dictionary's own.
 
     Raises:
         UserError: wandb is not installed.
     """
 
-    def __init__(self, *, project: str, entity: str | None, group: str, directory: Path | None) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "Weights & Biases is not installed: pip install 'sae-factory[wandb]', or leave out --use_wandb."
-            ) from None
-        self.wandb = wandb
-        self.project, self.entity, self.group = project or "sae-factory", entity or None, group
-        self.directory = directory
-        self.runs: dict[str, Any] = {}
+    def __init__(
+        self,
+        *,
+        project: str,
+        entity: str | None,
+        group: str,
+        directory: Path | None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.runs = weights_and_biases.WandbRuns(
+            weights_and_biases.wandb_module(),
+            project=project,
+            entity=entity,
+            group=group,
+            folder=directory,
+            config=config,
+        )
+        self._events: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._given_up = self._full = False
 
     def start(self, step: int, configs: Mapping[str, Mapping[str, Any]]) -> None:
-        for name, config in configs.items():
-            self.runs[name] = self.wandb.init(
-                project=self.project,
-                entity=self.entity,
-                group=self.group,
-                name=f"{config.get('wandb_name', 'dictionary')}-{name}",
-                config=dict(finite(config)),
-                dir=None if self.directory is None else os.fspath(self.directory),
-                reinit="create_new",
-                settings=self.wandb.Settings(silent=True, init_timeout=60),
-            )
+        self._events.put(("start", step, {name: dict(config) for name, config in configs.items()}))
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
 
     def metrics(self, step: int, tokens: int, metrics: Mapping[str, Mapping[str, float]]) -> None:
-        for name, values in metrics.items():
-            self.runs[name].log({**values, "tokens": tokens}, step=step)
+        if self._given_up or self._full:
+            return
+        if self._events.qsize() >= QUEUE_LIMIT:
+            self._full = True
+            self._warn(f"it is {QUEUE_LIMIT:,} log entries behind")
+            return
+        self._events.put(("metrics", step, tokens, {name: dict(values) for name, values in metrics.items()}))
 
     def finish(self, failed: bool) -> None:
-        for run in self.runs.values():
-            run.finish(exit_code=int(failed))
+        if failed:
+            self._close(failed)
+
+    def close(self) -> None:
+        self._close(failed=False)
+
+    def _close(self, failed: bool) -> None:
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        if not self._given_up:
+            self._events.put(("close", failed))
+        self._events.put(None)
+        soonest = time.monotonic() + weights_and_biases.PATIENCE
+        while thread.is_alive() and not self._given_up:
+            if time.monotonic() > max(soonest, self.runs.patience_ends):
+                self._give_up("it does not answer")
+            thread.join(0.05)
+
+    def _work(self) -> None:
+        try:
+            while (event := self._events.get()) is not None:
+                if not self._given_up:
+                    getattr(self.runs, event[0])(*event[1:])
+        except BaseException as error:  # also SystemExit, which wandb has been known to raise
+            self._give_up(weights_and_biases.said(error))
+
+    def _give_up(self, why: str) -> None:
+        if not self._given_up:
+            self._given_up = True
+            self._warn(why)
+
+    def _warn(self, why: str) -> None:
+        folder = self.runs.folder
+        later = f"metrics.jsonl is complete, send it later: sae-factory sync {shlex.quote(str(folder))}"
+        log.warning("Weights & Biases is switched off (%s); %s", why, later if folder else "training goes on.")

@@ -307,7 +307,9 @@ def trainSAE(
         sinks.append(ProgressSink(steps * rows, [f"trainer_{index}" for index in range(min(3, len(trainers)))]))
     if use_wandb:
         group = str((run_cfg or {}).get("group") or (folder.name if folder else "trainSAE"))
-        sinks.append(WandbSink(project=wandb_project, entity=wandb_entity, group=group, directory=folder))
+        sinks.append(
+            WandbSink(project=wandb_project, entity=wandb_entity, group=group, directory=folder, config=run_cfg)
+        )
     run = TrainingRun(
         data,
         trainers,
@@ -322,7 +324,9 @@ def trainSAE(
     )
     if resume and folder is not None:
         run.load_state_dict(storage.load_newest_state(folder / "state")[1])
-    return run.run()
+    dictionaries = run.run()
+    run.tracker.close()
+    return dictionaries
 
 
 def _build_trainer(config: Mapping[str, Any], steps: int, device: str | torch.device | None) -> SAETrainer:

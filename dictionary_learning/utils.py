@@ -17,13 +17,25 @@ WEIGHT_FILES = ("ae.safetensors", "ae.pt")
 
 
 def load_dictionary(
-    base_path: str | os.PathLike[str], device: str | torch.device = "cpu"
+    base_path: str | os.PathLike[str], device: str | torch.device = "cpu", *, revision: str | None = None
 ) -> tuple[Dictionary, dict[str, Any]]:
     """The dictionary in a folder (`ae.safetensors` or `ae.pt`, beside `config.json`) and its config.
+
+    `hf://user/repo/trainer_3` is one on the Hub, `hf://user/repo` the best of a pushed run (see `hub_load.py`), there
+    at a `revision` (default: the newest).
 
     Raises:
         UserError: a file is missing or damaged, or the config names a dictionary class that does not exist.
     """
+    if str(base_path).startswith("wandb://"):
+        from dictionary_learning.weights_and_biases import downloaded
+
+        with downloaded(str(base_path)) as artifact:
+            return load_dictionary(artifact, device)
+    if revision is not None or str(base_path).startswith("hf://"):
+        from dictionary_learning.hub_load import local_folder
+
+        base_path = local_folder(base_path, revision, None)
     folder = Path(base_path).expanduser()
     config = read_json(folder / "config.json")
     try:
@@ -35,7 +47,15 @@ def load_dictionary(
     options: dict[str, Any] = {}
     if "k" in trainer and "k" not in read_weights(folder):  # older files of weights leave k to the config
         options["k"] = trainer["k"]
-    return cls.from_pretrained(folder, device=device, **options), config
+    dictionary = cls.from_pretrained(folder, device=device, **options)
+    for name in ("activation_dim", "dict_size"):
+        said, found = trainer.get(name), getattr(dictionary, name)
+        if isinstance(said, int) and said != found:
+            raise UserError(
+                f"The weights in '{folder}' have {name} {found}, but config.json says {said}: they don't belong "
+                "together."
+            )
+    return dictionary, config
 
 
 def get_nested_folders(path: str | os.PathLike[str]) -> list[str]:

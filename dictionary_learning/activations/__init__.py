@@ -2,7 +2,8 @@
 
 `types.py` says what passes on to the buffer, `hook_points.py` how places in a model are named and found, `loading.py`
 finds a model, `traced_lm.py` runs it (through nnsight) and stops after the last hook point, `language_model.py` makes a
-stream of it, `extract.py` looks at one text. The public names are imported on first use: nnsight and transformers cost
+stream of it, `extract.py` looks at one text, `writer.py` saves a stream as shards (`sae-factory harvest`), `saved.py`
+makes a stream of those again. The public names are imported on first use: nnsight and transformers cost
 seconds.
 """
 
@@ -16,6 +17,9 @@ from dictionary_learning.activations.types import ActivationBatch, ActivationSou
 if TYPE_CHECKING:
     from dictionary_learning.activations.hook_points import HookPoint, hook_points_for, parse_hook_point
     from dictionary_learning.activations.language_model import LanguageModelActivations
+    from dictionary_learning.activations.loader import ActivationLoader
+    from dictionary_learning.activations.saved import SavedActivations, TensorStream
+    from dictionary_learning.activations.statistics import RunningMoments, ZScore, load_zscores, save_zscores
     from dictionary_learning.activations.traced_lm import TracedLM
 
 _LAZY = {
@@ -24,17 +28,31 @@ _LAZY = {
     "hook_points_for": "hook_points",
     "TracedLM": "traced_lm",
     "LanguageModelActivations": "language_model",
+    "ActivationLoader": "loader",
+    "SavedActivations": "saved",
+    "TensorStream": "saved",
+    "RunningMoments": "statistics",
+    "ZScore": "statistics",
+    "load_zscores": "statistics",
+    "save_zscores": "statistics",
 }
 
 __all__ = [
     "ActivationBatch",
+    "ActivationLoader",
     "ActivationSource",
     "HookPoint",
     "LanguageModelActivations",
     "Provenance",
+    "RunningMoments",
+    "SavedActivations",
+    "TensorStream",
     "TracedLM",
+    "ZScore",
     "hook_points_for",
+    "load_zscores",
     "parse_hook_point",
+    "save_zscores",
 ]
 
 

@@ -1,28 +1,36 @@
 """Activations without a language model: tensors that someone else made, or that lie on the disk.
 
-In: an iterable of tensors (`TensorStream`), or a file or folder of saved activations (`SavedActivations`). Out: the
-`ActivationBatch`es that the buffer eats, as from a language model but without provenance.
+In: an iterable of tensors (`TensorStream`), or a file, a folder or a Hub dataset of saved activations
+(`SavedActivations`). Out: the `ActivationBatch`es that the buffer eats, as from a language model.
 
 Files are mapped into memory and read a block of rows at a time, so that a folder larger than the memory needs little of
-it. A seed permutes the blocks and the rows within each: a block is read in one piece, the buffer mixes the blocks, and
-the number of the next block is all that a resume needs.
+it. The blocks of a harvest are the batches that it harvested: a buffer over them is filled as it was from the model. A
+seed permutes the blocks and the rows within each: a block is read in one piece, the buffer mixes the blocks, and the
+number of the next block is all that a resume needs.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import itertools
+import math
 import os
-import pickle
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dictionary_learning.activations.types import ActivationBatch
-from dictionary_learning.errors import UserError, did_you_mean
+from dictionary_learning.activations.loader import ActivationLoader
+from dictionary_learning.activations.shards import COLUMNS, described_tensors, open_shards, shown
+from dictionary_learning.activations.statistics import RunningMoments, ZScore
+from dictionary_learning.activations.types import ActivationBatch, Provenance
+from dictionary_learning.errors import UserError
+
+BLOCK_ROWS = 4096  # of files that do not say how they were harvested
 
 
 class TensorStream:
@@ -63,13 +71,13 @@ class TensorStream:
         described = None
         for number, batch in enumerate(self._source):
             named = dict(batch) if isinstance(batch, Mapping) else {self._name: batch}
-            found = _described(named, f"Batch {number} of the activations")
+            found = described_tensors(named, f"Batch {number} of the activations")
             described = described or (self.widths or found[0], found[1])
             if found != described:
-                raise UserError(f"Batch {number} of the activations has {_shown(found)}, expected {_shown(described)}.")
+                raise UserError(f"Batch {number} of the activations has {shown(found)}, expected {shown(described)}.")
             self.widths = found[0]
-            self.max_rows = self.max_rows or _rows(named)
-            for at in range(0, _rows(named), max(self.max_rows, 1)):
+            self.max_rows = self.max_rows or _rows_of(named)
+            for at in range(0, _rows_of(named), max(self.max_rows, 1)):
                 yield {name: acts[at : at + self.max_rows] for name, acts in named.items()}
 
     def __iter__(self) -> Iterator[ActivationBatch]:
@@ -95,160 +103,280 @@ class TensorStream:
 
 
 class _Block(NamedTuple):
-    file: Path
+    shard: int
     start: int
     stop: int
 
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
 
 class SavedActivations:
-    """An `ActivationSource` over saved rows: a .safetensors file, a .pt file, or a folder of .safetensors shards.
+    """An `ActivationSource` over saved rows: a .safetensors or .pt file, a folder of .safetensors shards, or those in a
+    dataset on the Hub.
 
     A file holds one tensor [N, d], or one for each hook point with equal N. The rows of a folder are those of its
-    shards in the order of file names; every shard has the same hook points, widths and dtype.
+    shards in the order of file names (of a harvest: in that of its manifest); every shard has the same hook points,
+    widths and dtype. Rows of a harvest come with their provenance.
 
     Args:
-        batch_rows: rows of a block, which is what is read and handed out at once (`max_rows`).
+        path: a file, a folder, or `hf://user/name[@revision]`, of which a shard is downloaded when it is first read.
+        batch_rows: rows of a block, which is what is read and handed out at once (`max_rows`). None takes the batches
+            as they were harvested, or 4,096 rows where the files don't say.
         seed: permutes the blocks of each epoch, and the rows within a block; None keeps the order of the files.
         epochs: passes over the rows; None repeats them for ever.
+        first_rows: only the first so many rows, in the order of the files.
+        non_finite: what to do with a row that holds a NaN or an infinity at any hook point: "error" names it, "drop"
+            leaves it out and counts it in `rows_not_finite`.
+        verify: compare each shard of a harvest with its checksum when it is first opened.
+
+    Attributes:
+        widths, dtype, max_rows: as `ActivationSource` has them. rows: in one epoch.
+        manifest: of the harvest, or None. revision: the commit of a Hub dataset, or None.
+        rows_not_finite: {hook point: rows of it left out so far}.
 
     Raises:
         UserError: nothing there or no rows in it, an unreadable file, shards that do not fit together, a tensor that
-            is not 2-D; while iterating, a row that is not finite.
+            is not 2-D; while iterating, a row that is not finite, or a checksum that does not hold.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
-        batch_rows: int = 4096,
+        batch_rows: int | None = None,
         seed: int | None = None,
         epochs: int | None = 1,
+        first_rows: int | None = None,
+        non_finite: str = "error",
+        verify: bool = True,
     ) -> None:
-        if batch_rows < 1 or (epochs is not None and epochs < 1):
-            raise UserError(f"batch_rows and epochs must be at least 1, got {batch_rows} and {epochs}.")
-        self.max_rows, self.seed, self.epochs = batch_rows, seed, epochs
-        self._blocks: list[_Block] = []
-        self._opened: tuple[Path | None, dict[str, Any]] = (None, {})
-        self.rows = 0
-        described = None
-        for file in _files(Path(path).expanduser()):
-            found = _described(self._open(file), f"'{file}'")
-            described = described or found
-            if found != described:
-                raise UserError(f"'{file}' has {_shown(found)}, the shards before it {_shown(described)}.")
-            rows = _rows(self._open(file))
-            self._blocks += [_Block(file, at, min(at + batch_rows, rows)) for at in range(0, rows, batch_rows)]
-            self.rows += rows
-        if described is None or not self.rows:
+        for name, count in (("batch_rows", batch_rows), ("epochs", epochs), ("first_rows", first_rows)):
+            if count is not None and count < 1:
+                raise UserError(f"{name} must be at least 1, got {count}.")
+        if non_finite not in ("error", "drop"):
+            raise UserError(f"non_finite is 'error' or 'drop', got '{non_finite}'.")
+        found = open_shards(path)
+        self.seed, self.epochs, self.non_finite, self.verify = seed, epochs, non_finite, verify
+        self.widths, self.dtype = found.widths, found.dtype
+        self.manifest, self.revision = found.manifest, found.revision
+        self.max_rows = batch_rows or found.max_rows or BLOCK_ROWS
+        self._shards = found.shards
+        blocks = []
+        for number, shard in enumerate(found.shards):
+            cuts = [0, *itertools.accumulate(shard.batches)]
+            if batch_rows is not None or not shard.batches:
+                cuts = [*range(0, shard.rows, self.max_rows), shard.rows]
+            blocks += [_Block(number, start, stop) for start, stop in itertools.pairwise(cuts) if start < stop]
+        rows = sum(block.rows for block in blocks)
+        if not rows:
             raise UserError(f"The saved activations '{path}' hold no rows.")
-        self.widths, self.dtype = described
-        self._taken = 0  # blocks handed out, in all epochs
+        if first_rows is not None and first_rows > rows:
+            raise UserError(f"The saved activations '{path}' hold {rows:,} rows, fewer than the {first_rows:,} asked.")
+        self._verified: set[int] = set()  # shards whose checksums hold; shared with the parts of a split
+        self._zscores: dict[str, ZScore] = {}
+        self._set_blocks(_cut(blocks, [first_rows or rows])[0])
 
-    def _open(self, file: Path) -> dict[str, Any]:
-        """Hook point -> what can be sliced by rows. The last file stays open."""
-        if self._opened[0] != file:
-            self._opened = (file, _tensors(file))
-        return self._opened[1]
+    def _set_blocks(self, blocks: list[_Block]) -> None:
+        self._blocks = blocks
+        self.rows = sum(block.rows for block in blocks)
+        self.rows_not_finite = dict.fromkeys(self.widths, 0)
+        self._taken = 0  # blocks handed out, in all epochs
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))  # of the blocks, in an epoch
+        self._opened: tuple[int, dict[str, Any], dict[str, Any]] = (-1, {}, {})  # shard, its rows, their provenance
+        place = ([(shard.rows, shard.sha256) for shard in self._shards], [tuple(block) for block in blocks])
+        self._fingerprint = hashlib.sha256(repr(place).encode()).hexdigest()[:16]
+
+    def _copy(self, blocks: list[_Block]) -> SavedActivations:
+        other = copy.copy(self)
+        other._set_blocks(blocks)
+        return other
+
+    # ------------------------------------------------------------------------------------------- reading
 
     def __iter__(self) -> Iterator[ActivationBatch]:
         return self
 
     def __next__(self) -> ActivationBatch:
-        epoch, number = divmod(self._taken, len(self._blocks))
-        if self.epochs is not None and epoch >= self.epochs:
-            raise StopIteration
-        if self.seed is not None:
-            number = int(np.random.default_rng([self.seed, epoch]).permutation(len(self._blocks))[number])
-        block = self._blocks[number]
-        acts = {name: tensor[block.start : block.stop] for name, tensor in self._open(block.file).items()}
+        for _ in range(len(self._blocks) + 1):  # a block all of whose rows are dropped has nothing to give
+            epoch, number = divmod(self._taken, len(self._blocks))
+            if self.epochs is not None and epoch >= self.epochs:
+                raise StopIteration
+            number = self._number(epoch, number)
+            block = self._blocks[number]
+            acts, provenance = self._read(block)
+            keep = None
+            if self.seed is not None:
+                order = np.random.default_rng([self.seed, epoch, number]).permutation(block.rows)
+                keep = torch.from_numpy(order)
+            finite = self._finite_rows(acts, block)
+            if not finite.all():
+                keep = finite.nonzero().flatten() if keep is None else keep[finite[keep]]
+            self._taken += 1
+            if keep is not None and not len(keep):
+                continue
+            if keep is not None:
+                acts = {name: rows[keep] for name, rows in acts.items()}
+                provenance = None if provenance is None else Provenance(*(column[keep] for column in provenance))
+            for name, zscore in self._zscores.items():
+                acts[name] = zscore.apply(acts[name])
+            return ActivationBatch(acts, provenance)
+        raise UserError(f"None of the {self.rows:,} saved rows is finite: there is nothing to read.")
+
+    def _number(self, epoch: int, number: int) -> int:
+        """The block that is read as `number` of an epoch."""
+        if self.seed is None:
+            return number
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self._blocks)))
+        return int(self._order[1][number])
+
+    def _read(self, block: _Block) -> tuple[dict[str, Tensor], Provenance | None]:
+        if self._opened[0] != block.shard:  # the last shard stays open
+            shard, verify = self._shards[block.shard], self.verify and block.shard not in self._verified
+            rows = shard.open(verify)
+            found, wanted = described_tensors(rows, f"'{shard.name}'"), (self.widths, self.dtype)
+            if found != wanted:
+                raise UserError(f"The shard '{shard.name}' has {shown(found)}, expected {shown(wanted)}.")
+            tokens = {} if shard.tokens is None else shard.tokens.open(verify)
+            lengths = {tuple(t.get_shape()) for t in tokens.values()}
+            if shard.tokens is not None and (set(tokens) != set(COLUMNS) or lengths != {(shard.rows,)}):
+                raise UserError(f"The shard '{shard.tokens.name}' is not the provenance of {shard.rows:,} rows.")
+            self._opened = (block.shard, rows, tokens)
+            self._verified.add(block.shard)
+        _, rows, tokens = self._opened
+        acts = {name: rows[name][block.start : block.stop] for name in self.widths}
+        if not tokens:
+            return acts, None
+        return acts, Provenance(*(tokens[name][block.start : block.stop].long() for name in COLUMNS))
+
+    def _finite_rows(self, acts: dict[str, Tensor], block: _Block) -> Tensor:
+        """Which rows are finite at every hook point [N]; the others are counted, or named in an error."""
+        everywhere = torch.ones(block.rows, dtype=torch.bool)
         for name, rows in acts.items():
-            _check_finite(rows, name, block)
-        if self.seed is not None:
-            order = np.random.default_rng([self.seed, epoch, number]).permutation(block.stop - block.start)
-            acts = {name: rows[torch.from_numpy(order)] for name, rows in acts.items()}
-        self._taken += 1
-        return ActivationBatch(acts)
+            finite = torch.isfinite(rows).all(dim=1)
+            bad = (~finite).nonzero().flatten()
+            if len(bad) and self.non_finite == "error":
+                shard, row = self._shards[block.shard].name, block.start + int(bad[0])
+                raise UserError(
+                    f"'{shard}' has a NaN or an infinity in row {row} of '{name}' (rows like it: {len(bad)} of "
+                    f"{len(rows)} read): leave them out with non_finite='drop'."
+                )
+            self.rows_not_finite[name] += len(bad)
+            everywhere &= finite
+        return everywhere
+
+    # ------------------------------------------------------------------------------------------- what to make of it
+
+    def loader(
+        self, batch_size: int, *, device: torch.device | str = "cpu", drop_last: bool = False
+    ) -> ActivationLoader:
+        """Plain batches [B, d] on a device, pinned on their way to a GPU: data for `trainSAE`."""
+        return ActivationLoader(self, batch_size, device=device, drop_last=drop_last)
+
+    def split(self, fractions: Mapping[str, float], *, seed: int = 0) -> dict[str, SavedActivations]:
+        """Disjoint parts, as `split({"train": 0.9, "validation": 0.1})`, which together are all rows.
+
+        Whole blocks (neighbours in text) go to one part, chosen by the seed; where a fraction ends within a block, that
+        block is cut, so that every part has its share of the rows to the row.
+
+        Raises:
+            UserError: fractions that are not positive or do not sum to 1; a part without a row.
+        """
+        named = ", ".join(f"{name} {fraction:g}" for name, fraction in fractions.items())
+        if not all(fraction > 0 for fraction in fractions.values()) or not math.isclose(
+            sum(fractions.values()), 1.0, abs_tol=1e-6
+        ):
+            total = sum(fractions.values())
+            raise UserError(
+                f"The fractions of a split must be positive and sum to 1: {named or 'none'} sum to {total:g}."
+            )
+        order = np.random.default_rng(seed).permutation(len(self._blocks))
+        ends = [round(share * self.rows) for share in itertools.accumulate(fractions.values())]
+        ends[-1] = self.rows
+        sizes = [stop - start for start, stop in itertools.pairwise([0, *ends])]
+        for name, size in zip(fractions, sizes, strict=True):
+            if size < 1:
+                raise UserError(
+                    f"The part '{name}' of {self.rows:,} rows has no row: give it a larger fraction ({named})."
+                )
+        parts = _cut([self._blocks[number] for number in order], sizes)
+        return {name: self._copy(sorted(part)) for name, part in zip(fractions, parts, strict=True)}
+
+    def measure(self) -> dict[str, RunningMoments]:
+        """Mean and variance of every hook point over one pass of these rows, which does not move this source.
+
+        Rows that are not finite at some hook point are left out, dimensions that never change are found; either is said
+        in a warning.
+        """
+        rows = self._copy(self._blocks)
+        rows.seed, rows.epochs, rows.non_finite = None, 1, "drop"
+        moments = {name: RunningMoments(width) for name, width in self.widths.items()}
+        for batch in rows:
+            for name, acts in batch.acts.items():
+                moments[name].update(acts)
+        for name, count in rows.rows_not_finite.items():
+            moments[name].rows_not_finite += count
+            if said := moments[name].report(name):
+                warnings.warn(f"Activations of {said}", stacklevel=2)
+        return moments
+
+    def normalized(self, zscores: Mapping[str, ZScore]) -> SavedActivations:
+        """The same rows from their start, each hook point by its z-score: `train.normalized({n: m.zscore() for n, m in
+        train.measure().items()})`. A validation part takes the z-scores of the training part.
+
+        Raises:
+            UserError: z-scores of other hook points or widths; rows that are normalised already.
+        """
+        if self._zscores:
+            raise UserError("These activations are normalised already.")
+        widths = {name: len(zscore.mean_D) for name, zscore in zscores.items()}
+        if widths != self.widths:
+            raise UserError(f"The z-scores have widths {widths}, the saved activations {self.widths}.")
+        other = self._copy(self._blocks)
+        other._zscores = dict(zscores)
+        return other
+
+    # ------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        return {"blocks": self._taken, "rows": self.rows, "batch_rows": self.max_rows}
+        return {
+            "blocks": self._taken,
+            "rows": self.rows,
+            "batch_rows": self.max_rows,
+            "files": self._fingerprint,
+            "rows_not_finite": dict(self.rows_not_finite),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError where the files or `batch_rows` changed: the saved position would be another place."""
+        """Raises UserError where files, split or `batch_rows` changed: the saved position would be another place."""
         if (state["rows"], state["batch_rows"]) != (self.rows, self.max_rows):
             raise UserError(
                 f"The saved position is in {state['rows']:,} rows read {state['batch_rows']:,} at a time, "
                 f"but now there are {self.rows:,} rows, {self.max_rows:,} at a time."
             )
-        self._taken = state["blocks"]
+        if state["files"] != self._fingerprint:
+            raise UserError("The saved position is in other files, or in another part of them, than these activations.")
+        self._taken, self.rows_not_finite = state["blocks"], dict(state["rows_not_finite"])
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        shards = sorted(path.glob("*.safetensors"))
-        if not shards:
-            raise UserError(f"The folder '{path}' holds no .safetensors shard of activations.")
-        return shards
-    if not path.exists():
-        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"The saved activations '{path}' do not exist.{did_you_mean(path.name, beside)}")
-    if path.suffix not in (".safetensors", ".pt"):
-        raise UserError(f"The saved activations '{path}' are neither .safetensors nor .pt nor a folder of shards.")
-    return [path]
+def _rows_of(tensors: Mapping[str, Tensor]) -> int:
+    return len(next(iter(tensors.values())))
 
 
-def _tensors(file: Path) -> dict[str, Any]:
-    """Hook point -> tensor, or slice of a file, of which only the rows asked for are read."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
-                return {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
-        loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"The saved activations '{file}' are not readable: {str(error).splitlines()[0]}") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(f"The saved activations '{file}' hold something else than tensors.") from error
-    return dict(loaded) if isinstance(loaded, Mapping) else {"activations": loaded}
-
-
-def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
-
-
-def _rows(tensors: Mapping[str, Any]) -> int:
-    return _shape(next(iter(tensors.values())))[0]
-
-
-def _shown(described: tuple[dict[str, int], torch.dtype]) -> str:
-    return f"widths {described[0]} in {described[1]}"
-
-
-def _described(tensors: Mapping[str, Any], where: str) -> tuple[dict[str, int], torch.dtype]:
-    """Widths and dtype of activations. Raises UserError for anything but 2-D floating-point tensors with equal rows."""
-    widths, dtypes, counts = {}, set(), set()
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) and not hasattr(tensor, "get_shape"):
-            raise UserError(f"{where}: '{name}' is {type(tensor).__name__}, expected a tensor [rows, width].")
-        shape = _shape(tensor)
-        if len(shape) != 2:
-            raise UserError(f"{where}: '{name}' has shape {shape}, expected [rows, width].")
-        # A slice of a file tells its type by a name; an empty piece of it is a tensor.
-        dtypes.add(tensor.dtype if isinstance(tensor, Tensor) else tensor[:0].dtype)
-        widths[str(name)] = shape[1]
-        counts.add(shape[0])
-    if len(counts) != 1 or len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
-        raise UserError(
-            f"{where} should hold floating-point tensors of one type with equal numbers of rows, got "
-            f"{', '.join(map(str, dtypes)) or 'nothing'} with {', '.join(map(str, counts)) or 'no'} rows."
-        )
-    return widths, dtypes.pop()
-
-
-def _check_finite(rows: Tensor, name: str, block: _Block) -> None:
-    bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten()
-    if len(bad):
-        raise UserError(
-            f"'{block.file}' has a NaN or an infinity in row {block.start + int(bad[0])} of '{name}' ({len(bad)} such "
-            f"row{'s' if len(bad) > 1 else ''} of {len(rows)} read): leave it out and try again."
-        )
+def _cut(blocks: list[_Block], sizes: list[int]) -> list[list[_Block]]:
+    """Consecutive parts of `sizes` rows, cutting a block where a part ends within it; rows beyond are left out."""
+    parts: list[list[_Block]] = []
+    queue = list(reversed(blocks))
+    for size in sizes:
+        part: list[_Block] = []
+        while size:
+            shard, start, stop = queue.pop()
+            end = min(stop, start + size)
+            part.append(_Block(shard, start, end))
+            size -= end - start
+            if end < stop:
+                queue.append(_Block(shard, end, stop))
+        parts.append(part)
+    return parts
