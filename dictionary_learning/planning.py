@@ -138,7 +138,7 @@ def probe(
 
 
 def _parameters(spec: DictionarySpec, activation_dim: int) -> int:
-    """Parameters of a dictionary, counted on one without memory."""
+    """Parameters of a dictionary, counted on one on the meta device, where nothing is drawn or filled."""
     cls = inspect.signature(trainer_class(spec.architecture)).parameters["dict_class"].default
     given = {"activation_dim": activation_dim, **spec.trainer_arguments()}
     with torch.device("meta"):
