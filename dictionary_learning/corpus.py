@@ -39,7 +39,7 @@ class HubTries(NamedTuple):
 
 
 HUB_TRIES = HubTries(100, 20.0)  # a run waits out half an hour without a network
-FIRST_TRIES = HubTries(3, 2.0)  # a look before the run begins does not
+FIRST_TRIES = HubTries(1, 0.0)  # a look before the run begins does not (the Hub client itself tries for 20 s)
 
 
 class Text(NamedTuple):
