@@ -11,6 +11,7 @@ import torch
 
 from dictionary_learning.activations.language_model import LanguageModelActivations, TracedLM
 from dictionary_learning.config import DictionarySpec, RunConfig
+from dictionary_learning.errors import UserError
 from dictionary_learning.trainers import trainer_class
 
 FLOAT = 4  # bytes; dictionaries, their gradients and Adam's moments are float32
@@ -139,7 +140,12 @@ def probe(
 
 def _parameters(spec: DictionarySpec, activation_dim: int) -> int:
     """Parameters of a dictionary, counted on one on the meta device, where nothing is drawn or filled."""
-    cls = inspect.signature(trainer_class(spec.architecture)).parameters["dict_class"].default
+    signature = inspect.signature(trainer_class(spec.architecture))
+    try:
+        signature.bind(steps=1, activation_dim=activation_dim, layer=None, lm_name=None, **spec.trainer_arguments())
+    except TypeError as error:  # the sparsity is no argument of this trainer
+        raise UserError(f"The settings of '{spec.label}' don't fit its architecture: {error}.") from error
+    cls = signature.parameters["dict_class"].default
     given = {"activation_dim": activation_dim, **spec.trainer_arguments()}
     with torch.device("meta"):
         dictionary = cls(**{name: given[name] for name in inspect.signature(cls).parameters if name in given})

@@ -115,9 +115,11 @@ class JsonlSink(SilentSink):
 
 class ProgressSink(SilentSink):
     """A progress bar with tokens a second, the time left, and L0 / explained variance of the `shown` dictionaries;
-    and a log line for each of them at every log step."""
+    and a log line for each of them at every log step. `total_tokens` None: the length of the run is not known."""
 
-    def __init__(self, total_tokens: int, shown: Sequence[str], *, bar: bool | None = None, lines: bool = True) -> None:
+    def __init__(
+        self, total_tokens: int | None, shown: Sequence[str], *, bar: bool | None = None, lines: bool = True
+    ) -> None:
         self.total_tokens, self.shown, self.lines = total_tokens, list(shown), lines
         self.show_bar = sys.stderr.isatty() if bar is None else bar
         self.bar: Any = None
@@ -149,7 +151,9 @@ class ProgressSink(SilentSink):
         elapsed = time.monotonic() - self._began
         done = tokens - (self._tokens_at_start or 0)
         rate = f"{done / elapsed:,.0f} tok/s" if elapsed > 1 and done else "starting"
-        left = f", {(self.total_tokens - tokens) * elapsed / done:,.0f} s left" if elapsed > 1 and done else ""
+        left = ""
+        if elapsed > 1 and done and self.total_tokens is not None:
+            left = f", {(self.total_tokens - tokens) * elapsed / done:,.0f} s left"
         for name, values in few.items():
             numbers = ", ".join(f"{key} {values[key]:.4g}" for key in LOG_LINE if key in values)
             tqdm.write(f"{name}: step {step}, {numbers}  ({rate}{left})", file=sys.stdout)
@@ -170,13 +174,21 @@ class WandbSink(SilentSink):
     """Weights & Biases: one run a dictionary, all in one group. The token comes from wandb's own login or environment.
 
     wandb sends from a service process of its own, which is started and not forked, so it shares no CUDA state with
-    training. WANDB_MODE=offline keeps the runs on disk, for `wandb sync`.
+    training. WANDB_MODE=offline keeps the runs on disk, for `wandb sync`. `facts` join the config of every run.
 
     Raises:
         UserError: wandb is not installed.
     """
 
-    def __init__(self, *, project: str, entity: str | None, group: str, directory: Path | None) -> None:
+    def __init__(
+        self,
+        *,
+        project: str,
+        entity: str | None,
+        group: str,
+        directory: Path | None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         try:
             import wandb
         except ImportError:
@@ -185,7 +197,7 @@ class WandbSink(SilentSink):
             ) from None
         self.wandb = wandb
         self.project, self.entity, self.group = project or "sae-factory", entity or None, group
-        self.directory = directory
+        self.directory, self.facts = directory, dict(facts or {})
         self.runs: dict[str, Any] = {}
 
     def start(self, step: int, configs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -195,7 +207,7 @@ class WandbSink(SilentSink):
                 entity=self.entity,
                 group=self.group,
                 name=f"{config.get('wandb_name', 'dictionary')}-{name}",
-                config=dict(finite(config)),
+                config={**finite(self.facts), **finite(config)},
                 dir=None if self.directory is None else os.fspath(self.directory),
                 reinit="create_new",
                 settings=self.wandb.Settings(silent=True, init_timeout=60),

@@ -94,6 +94,9 @@ def test_what_cannot_be_built_is_refused_before_anything_runs(lm: TracedLM) -> N
         (spec("top_k", 32, k=0), "k must be a positive integer"),
         (spec("top_k", hook_point="resid_post_layer_2"), "Layer 2 .*has layers 0 to 1"),
         (dataclasses.replace(spec("top_k"), architecture="topk"), "Unknown architecture 'topk'"),
+        (spec("standard", kk=4), "settings of 'standard .*kk=4.* unexpected keyword argument 'kk'"),
+        (spec("standard", steps=4), "settings of 'standard .*multiple values for keyword argument 'steps'"),
+        (dataclasses.replace(spec("top_k"), sparsity={}), "settings of 'top_k .*missing a required argument: 'k'"),
     ):
         with pytest.raises(UserError, match=sentence):
             plan_run(config(spec("top_k"), bad), lm)

@@ -132,7 +132,7 @@ class SAETrainer(ABC):
         self._sparsity_scale = get_sparsity_warmup_fn(steps, sparsity_warmup_steps)
 
         # The optimiser holds weights by their contiguous rows, also where the parameter is the transpose: fused Adam
-        # copies other layouts, and mixes up elements when a file gives its moments back in another layout.
+        # copies other layouts, and silently mixes up elements once a file gives its moments back in another layout.
         self._leaves = self._parameters_by_rows()
         rows_FD = self.ae.decoder_rows
         decoder = [leaf for leaf in self._leaves.values() if leaf.data_ptr() == rows_FD.data_ptr()]
@@ -163,6 +163,7 @@ class SAETrainer(ABC):
             self.initialize(x_BD)
         out = self.compute_loss(x_BD, step)
         self.ae.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)  # its leaves hold the same gradients
         (out.loss / self.input_scale**2).backward()
         self._collect_gradients()
         if self.unit_norm_decoder:
