@@ -309,7 +309,9 @@ def trainSAE(
     sinks: list[Sink] = []
     if verbose:
         rows = getattr(data, "out_batch_size", None)
-        sinks.append(ProgressSink(steps * rows if rows else None, [f"trainer_{index}" for index in range(min(3, len(trainers)))]))
+        sinks.append(
+            ProgressSink(steps * rows if rows else None, [f"trainer_{index}" for index in range(min(3, len(trainers)))])
+        )
     if use_wandb:
         group = str((run_cfg or {}).get("group") or (folder.name if folder else "trainSAE"))
         sinks.append(
