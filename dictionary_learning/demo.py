@@ -134,6 +134,7 @@ def run_training(
     lm = load_model(config, torch_device)
     save_steps = sorted({max(1, int(config.steps * part)) for part in CHECKPOINTS}) if save_checkpoints else []
     plan = planning.plan_run(config, lm, len(save_steps))
+    next(make_contexts(config, lm, corpus, heldout=True))  # an empty held-out part is found before the training
     if dry_run:
         contexts = make_contexts(config, lm, corpus, heldout=False)
         source = LanguageModelActivations(
@@ -159,7 +160,6 @@ def run_training(
         max_activation_norm_multiple=config.max_activation_norm_multiple,
         seed=config.seed,
     )
-    next(make_contexts(config, lm, corpus, heldout=True))  # an empty held-out part is found before the training
 
     sinks: list[Sink] = [ProgressSink(plan.tokens, console.shown_trainers(config))]
     if use_wandb:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dictionary_learning.activations.language_model import LanguageModelActivations, TracedLM
+from dictionary_learning.buffer import check_capacity
 from dictionary_learning.config import DictionarySpec, RunConfig
 from dictionary_learning.errors import UserError
 from dictionary_learning.trainers import trainer_class
@@ -75,6 +76,8 @@ def plan_run(config: RunConfig, lm: TracedLM, checkpoints: int = 0) -> Plan:
         UserError: a dictionary that can't be, such as one with k > width; a hook point that the model lacks.
     """
     widths = {point.name: point.width for point in lm.resolve(config.hook_points)}
+    forward = config.harvest_contexts * config.ctx_len
+    check_capacity(config.buffer_contexts, config.ctx_len, forward, config.batch_size)
     parameters = [_parameters(spec, widths[spec.hook_point]) for spec in config.dictionaries]
     itemsize = torch.empty((), dtype=lm.dtype).element_size()
     buffer_rows = config.buffer_contexts * config.ctx_len

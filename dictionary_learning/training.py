@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 import shutil
 import signal
 import threading
@@ -113,7 +114,12 @@ class TrainingRun:
 
     def _one_step(self) -> None:
         began = time.perf_counter()
-        batch = next(self._batches, None)  # type: ignore[arg-type]
+        try:
+            batch = next(self._batches, None)  # type: ignore[arg-type]
+        except UserError:  # such as a damaged line in the corpus; no trainer has seen anything of this step yet
+            if self.save_dir is not None and self.step > 0:
+                self.save_state()
+            raise
         self.seconds_harvesting += time.perf_counter() - began
         if batch is None:
             self.stopped = "end of stream"
@@ -131,6 +137,9 @@ class TrainingRun:
             mixing = self.data.mixing() if isinstance(self.data, ActivationBuffer) else {}
             metrics = [trainer.metrics(self._input_of(trainer, inputs)) | mixing for trainer in self.trainers]
             self.tracker.metrics(self.step, self.tokens, dict(zip(self.names, metrics, strict=True)))
+            for name, values in zip(self.names, metrics, strict=True):
+                if not math.isfinite(values["loss"]):
+                    self.tracker.message(f"Warning: the loss of {name} is {values['loss']} at step {self.step:,}.")
         if self.save_dir is not None:
             if self.step in self.save_steps:
                 for index in range(len(self.trainers)):
@@ -334,6 +343,8 @@ def trainSAE(
     if resume and folder is not None:
         run.load_state_dict(storage.load_newest_state(folder / "state")[1])
     dictionaries = run.run()
+    if run.stopped == "SIGTERM":  # whoever sent it wants the process to end, not only the training
+        signal.raise_signal(signal.SIGTERM)
     if run.stopped and not verbose:
         warnings.warn(f"Training stopped after {run.step:,} of {steps:,} steps: {run.stopped}.", stacklevel=2)
     return dictionaries

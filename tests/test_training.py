@@ -181,6 +181,23 @@ def test_an_exhausted_stream_is_not_a_finished_run(tmp_path: Path, capsys: pytes
     assert (tmp_path / "trainer_0" / "ae.safetensors").is_file()
 
 
+def test_a_stream_that_breaks_leaves_a_state_behind(tmp_path: Path) -> None:
+    def breaking() -> Any:
+        yield from activations(10 * B).split(B)
+        raise UserError("line 17 is damaged")
+
+    data = ActivationBuffer(None, TensorStream(breaking()), n_ctxs=40, ctx_len=10, out_batch_size=B)
+    with pytest.raises(UserError, match="line 17"):
+        trainSAE(data, [config("top_k")], STEPS, save_dir=tmp_path)
+    assert len(list((tmp_path / "state").iterdir())) == 1
+
+
+def test_a_loss_that_is_not_finite_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    batches = [activations(B), torch.full((B, D), float("inf"))]
+    trainSAE(batches, [config("standard")], 2, log_steps=1, verbose=True)
+    assert "Warning: the loss of trainer_0 is nan at step 2" in capsys.readouterr().out
+
+
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
     def twice(run: TrainingRun, step: int) -> None:
         if step == 3:
