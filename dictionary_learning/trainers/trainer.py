@@ -80,6 +80,7 @@ class SAETrainer(ABC):
 
     architecture: ClassVar[str]
     unit_norm_decoder: ClassVar[bool] = True
+    learning_rate_factor: ClassVar[float] = 1.0  # of the automatic rate
 
     def __init_subclass__(cls, architecture: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -123,7 +124,8 @@ class SAETrainer(ABC):
         with _seeded(seed):
             self.ae = dict_class(activation_dim, dict_size, **(dict_kwargs or {})).to(self.device)
 
-        self.lr = automatic_learning_rate(dict_size, steps) if lr is None else lr
+        rule = self.learning_rate_factor * automatic_learning_rate(dict_size, activation_dim, steps)
+        self.lr = rule if lr is None else lr
         self.warmup_steps = min(1000, int(steps * WARMUP_FRACTION)) if warmup_steps is None else warmup_steps
         default_decay = max(self.warmup_steps, int(steps * (1 - DECAY_FRACTION)))
         self.decay_start = default_decay if decay_start is None else decay_start
