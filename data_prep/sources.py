@@ -339,7 +339,7 @@ def hub_rows(
 
 def read_hub(spec: CorpusSpec, *, retries: int = 100, wait: float = 20.0) -> Iterator[RawRecord]:
     """One of the six corpora, streamed from the Hub by `hub_rows`."""
-    instead = f"--source embedded or --source DIR, a folder that holds {spec.name}/{spec.split}.jsonl or .parquet"
+    instead = f"the embedded samples or a folder that holds {spec.name}/{spec.split}.jsonl or .parquet"
     for row, record in hub_rows(spec.hub_path, spec.split, retries=retries, wait=wait, instead=instead):
         yield RawRecord(spec.name, spec.split, f"{spec.hub_path} row {row}", record)
 

@@ -29,6 +29,21 @@ from dictionary_learning.errors import UserError
 IO: dict[str, tuple[Literal["in", "out"], ...]] = {"in": ("in",), "out": ("out",), "in_and_out": ("in", "out")}
 
 
+def check_capacity(n_ctxs: int, ctx_len: int, max_rows: int, out_batch_size: int) -> None:
+    """See that a buffer of `n_ctxs` contexts can hold one forward of `max_rows` rows beside one batch.
+
+    Raises:
+        UserError: it can't; says how large it must be.
+    """
+    smallest = max_rows + out_batch_size
+    if n_ctxs * ctx_len < smallest:
+        raise UserError(
+            f"The buffer is too small: n_ctxs {n_ctxs:,} x ctx_len {ctx_len} = {n_ctxs * ctx_len:,} rows must hold one "
+            f"forward ({max_rows:,} rows) and one batch ({out_batch_size:,}); set n_ctxs to at least "
+            f"{-(-smallest // ctx_len):,} or make the batches smaller."
+        )
+
+
 class ActivationBuffer:
     """Iterates over batches of activations: a tensor [B, D] for one hook point, a dict of name -> [B, D] for several,
     a tensor [B, 2, D] (input, output) for `io="in_and_out"`.
@@ -96,13 +111,7 @@ class ActivationBuffer:
         self.d_submodule = self._checked_width(d_submodule)
 
         self.capacity = self.n_ctxs * self.ctx_len
-        smallest = self.source.max_rows + self.out_batch_size
-        if self.capacity < smallest:
-            raise UserError(
-                f"The buffer is too small: n_ctxs {self.n_ctxs:,} x ctx_len {self.ctx_len} = {self.capacity:,} rows "
-                f"must hold one forward ({self.source.max_rows:,} rows) and one batch ({self.out_batch_size:,}); "
-                f"set n_ctxs to at least {-(-smallest // self.ctx_len):,} or make the batches smaller."
-            )
+        check_capacity(self.n_ctxs, self.ctx_len, self.source.max_rows, self.out_batch_size)
         self._rows = {
             name: torch.zeros(self.capacity, width, dtype=self.source.dtype, device=self.device)
             for name, width in self.source.widths.items()

@@ -220,7 +220,8 @@ def config_from_dict(data: Any, where: str = "configuration") -> RunConfig:
     try:
         return pydantic.TypeAdapter(RunConfig).validate_python(data)
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
+        errors = error.errors()  # a mistyped field is unknown under one name and missing under the other
+        first = next((e for e in errors if e["type"] == "unexpected_keyword_argument"), errors[0])
         place = f"field '{'.'.join(map(str, first['loc']))}'" if first["loc"] else "the top level"
         if first["type"] == "unexpected_keyword_argument":
             owner = DictionarySpec if len(first["loc"]) > 1 else RunConfig

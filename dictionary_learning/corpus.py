@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import zlib
@@ -24,8 +25,21 @@ import numpy as np
 
 from dictionary_learning.errors import UserError, did_you_mean
 
+log = logging.getLogger("dictionary_learning")
+
 SHUFFLE_BLOCK = 50_000  # documents; about 50 MB of medical QA text
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".parquet", ".txt")
+
+
+class HubTries(NamedTuple):
+    """How often a read from the Hub is tried, and how many seconds apart."""
+
+    number: int
+    wait: float
+
+
+HUB_TRIES = HubTries(100, 20.0)  # a run waits out half an hour without a network
+FIRST_TRIES = HubTries(1, 0.0)  # a look before the run begins does not (the Hub client itself tries for 20 s)
 
 
 class Text(NamedTuple):
@@ -204,6 +218,7 @@ def open_corpus(spec: str | os.PathLike[str], *, hub_split: str = "train") -> Co
     if spec == "embedded":
         return _medical_corpus("embedded", "embedded")
     if spec == "medical_qa" and not path.exists():
+        _checked(_medical_corpus("medical_qa", "hub", tries=FIRST_TRIES))
         return _medical_corpus("medical_qa", "hub")
     if path.is_dir():
         from data_prep.sources import looks_like_raw_records
@@ -219,7 +234,8 @@ def open_corpus(spec: str | os.PathLike[str], *, hub_split: str = "train") -> Co
             raise UserError(f"Corpus file '{spec}' is none of {', '.join(TEXT_SUFFIXES)}.")
         return _checked(_file_corpus(name, [path]))
     if spec.startswith("hf://") or _looks_like_hub_path(spec):
-        return _checked(_hub_corpus(spec.removeprefix("hf://"), hub_split))
+        _checked(_hub_corpus(spec.removeprefix("hf://"), hub_split, FIRST_TRIES))
+        return _hub_corpus(spec.removeprefix("hf://"), hub_split)
     raise UserError(
         f"Corpus '{spec}' not found: give an existing file or folder, a Hub dataset as hf://user/name, 'embedded' or "
         f"'medical_qa'.{did_you_mean(path.name, [*_siblings(path), 'embedded', 'medical_qa'])}"
@@ -269,13 +285,27 @@ def _fingerprint(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _medical_corpus(name: str, source: str, fingerprint: str | None = None, corpora: list[str] | None = None) -> Corpus:
-    """Raw records of the six medical QA corpora (or of `corpora`), formatted on the way by data_prep."""
+def _medical_corpus(
+    name: str,
+    source: str,
+    fingerprint: str | None = None,
+    corpora: list[str] | None = None,
+    tries: HubTries = HUB_TRIES,
+) -> Corpus:
+    """Raw records of the six medical QA corpora (or of `corpora`), formatted on the way by data_prep.
+
+    A record that can't be formatted is left out, each time with a warning that says why (data_prep can list them).
+    """
 
     def read(start: int) -> Iterator[Text]:
-        from data_prep.sources import stream_texts
+        from data_prep.sources import SkippedRecord, stream_texts
 
-        for row in stream_texts(source, corpora, start=start):
+        def skipped(record: SkippedRecord) -> None:
+            log.warning("Corpus '%s': %s is left out: %s.", name, record.where, record.reason)
+
+        for row in stream_texts(
+            source, corpora, start=start, skipped=skipped, hub_retries=tries.number, hub_wait=tries.wait
+        ):
             yield Text(row["text"], row["source_dataset"], row["question_key"])
 
     if fingerprint is None:
@@ -330,15 +360,15 @@ def _parsed(line: str, file: Path, number: int) -> Any:
         raise UserError(f"Corpus file '{file}', line {number}, is not valid JSON: {why}.") from error
 
 
-def _hub_corpus(path: str, split: str) -> Corpus:
+def _hub_corpus(path: str, split: str, tries: HubTries = HUB_TRIES) -> Corpus:
     from data_prep.sources import CORPORA, hub_rows
 
     for spec in CORPORA.values():
         if spec.hub_path == path:
-            return _medical_corpus(path, "hub", f"hub:{path}", [spec.name])
+            return _medical_corpus(path, "hub", f"hub:{path}", [spec.name], tries)
 
     def read(start: int) -> Iterator[Text]:
-        for row, record in hub_rows(path, split, start=start):
+        for row, record in hub_rows(path, split, start=start, retries=tries.number, wait=tries.wait):
             yield _as_text(record, path, f" in split '{split}', row {row}")
 
     return Corpus(path, read, f"hub:{path}:{split}")

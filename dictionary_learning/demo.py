@@ -142,9 +142,16 @@ def run_training(
     lm = load_model(config, torch_device)
     save_steps = sorted({max(1, int(config.steps * part)) for part in CHECKPOINTS}) if save_checkpoints else []
     plan = planning.plan_run(config, lm, len(save_steps))
+    next(make_contexts(config, lm, corpus, heldout=True))  # an empty held-out part is found before the training
     if dry_run:
         contexts = make_contexts(config, lm, corpus, heldout=False)
-        source = LanguageModelActivations(lm, contexts, config.hook_points, remove_special=config.remove_bos)
+        source = LanguageModelActivations(
+            lm,
+            contexts,
+            config.hook_points,
+            remove_special=config.remove_bos,
+            max_activation_norm_multiple=config.max_activation_norm_multiple,
+        )
         console.print_plan(config, planning.probe(plan, config, source, torch_device, planning.PROBE_SECONDS))
         return 0
     trainers = make_trainers(config, lm, torch_device)
@@ -161,16 +168,12 @@ def run_training(
         max_activation_norm_multiple=config.max_activation_norm_multiple,
         seed=config.seed,
     )
-    next(make_contexts(config, lm, corpus, heldout=True))  # an empty held-out part is found before the training
 
-    storage.prepare_run_folder(save_dir, resume=resume, overwrite=overwrite, bytes_needed=plan.disk_bytes)
-    facts = record.run_record(config, lm, corpus)
-    if resume:
-        record.check_resumable(save_dir, config, facts)
-    storage.write_json(save_dir / "run.json", facts)
     sinks: list[Sink] = [ProgressSink(plan.tokens, console.shown_trainers(config))]
     if use_wandb:
-        sinks.append(WandbSink(project=wandb_project, entity=wandb_entity, group=save_dir.name, directory=save_dir))
+        sinks.append(
+            WandbSink(project=wandb_project, entity=wandb_entity, group=save_dir.resolve().name, directory=save_dir)
+        )
     run = TrainingRun(
         buffer,
         trainers,
@@ -178,15 +181,24 @@ def run_training(
         save_dir=save_dir,
         save_steps=save_steps,
         state_every=max(1, config.steps // 5) if state_every is None else state_every or None,
-        log_steps=log_steps or max(1, config.steps // 50),
+        log_steps=max(1, config.steps // 50) if log_steps is None else log_steps,
         sinks=sinks,
         normalize_activations=config.normalize_activations,
     )
+    # What can be refused was refused: from here on files change.
+    storage.prepare_run_folder(save_dir, resume=resume, overwrite=overwrite, bytes_needed=plan.disk_bytes)
+    facts = record.run_record(config, lm, corpus)
     if resume:
+        record.check_resumable(save_dir, config, facts)
+    storage.write_json(save_dir / "run.json", facts)
+    if resume and not storage.saved_states(save_dir / "state"):
+        print("The run was interrupted before its first saved state: it begins anew.")
+    elif resume:
         step, state = storage.load_newest_state(save_dir / "state")
         run.load_state_dict(state)
         print(f"Resuming at step {step:,} of {config.steps:,}.")
     console.print_plan(config, plan)
+    began_at = run.step
     run.run()
     console.print_stream_facts(run, buffer)
     facts |= {"steps_done": run.step, "tokens_done": run.tokens}
@@ -196,7 +208,15 @@ def run_training(
         print(f"Stopped by {run.stopped} after step {run.step:,}; its state is saved. Go on with:")
         print(f"  {record.resume_command()}")
         return 130 if run.stopped == "SIGINT" else 143
-    evaluate_run(config, lm, corpus, run, save_dir)
+    if began_at < run.step == run.steps:
+        run.save_state()  # so that an evaluation that breaks off can be taken up without training again
+    try:
+        evaluate_run(config, lm, corpus, run, save_dir)
+    except KeyboardInterrupt:
+        storage.write_json(save_dir / "run.json", facts | {"status": "stopped: SIGINT in the evaluation"})
+        print("Stopped in the evaluation; the dictionaries are trained and saved. Go on with:")
+        print(f"  {record.resume_command()}")
+        return 130
     run.tracker.close()
     storage.write_json(
         save_dir / "run.json", facts | {"status": f"stopped: {run.stopped}" if run.stopped else "complete"}

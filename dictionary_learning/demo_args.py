@@ -101,11 +101,13 @@ def resolve_config(args: DemoArgs) -> RunConfig:
     if args.config is not None:
         swept = [
             n
-            for n in ("layers", "hook_points", "architectures", "widths", "seeds", "learning_rates")
-            if getattr(args, n)
+            for n in ("layers", "site", "hook_points", "architectures", "widths", "seeds", "learning_rates")
+            if getattr(args, n) not in (None, (), DemoArgs.site)
         ]
         if swept:
             raise UserError(f"--config already says which dictionaries to train: leave out --{swept[0]} or --config.")
+        if args.preset != DemoArgs.preset:
+            raise UserError("--config is a whole configuration: leave out --preset or --config.")
         return config_from_dict({**load_config(args.config).to_dict(), **given}, str(args.config))
     presets, sweep = load_demo_config()
     if args.preset not in presets:
@@ -113,8 +115,8 @@ def resolve_config(args: DemoArgs) -> RunConfig:
             f"Unknown preset '{args.preset}': use one of {', '.join(presets)}.{did_you_mean(args.preset, presets)}"
         )
     preset = presets[args.preset]
-    if args.hook_points and args.layers:
-        raise UserError("Give either --hook_points or --layers, not both.")
+    if args.hook_points and (args.layers or args.site != DemoArgs.site):
+        raise UserError(f"Give either --hook_points or --{'layers' if args.layers else 'site'}, not both.")
     points = args.hook_points or [f"{args.site}_layer_{layer}" for layer in args.layers or preset.layers]
     return resolve(
         preset,

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from dictionary_learning.activations.language_model import LanguageModelActivations, TracedLM
+from dictionary_learning.buffer import check_capacity
 from dictionary_learning.config import DictionarySpec, RunConfig
+from dictionary_learning.errors import UserError
 from dictionary_learning.trainers import trainer_class
 
 FLOAT = 4  # bytes; dictionaries, their gradients and Adam's moments are float32
@@ -74,6 +76,8 @@ def plan_run(config: RunConfig, lm: TracedLM, checkpoints: int = 0) -> Plan:
         UserError: a dictionary that can't be, such as one with k > width; a hook point that the model lacks.
     """
     widths = {point.name: point.width for point in lm.resolve(config.hook_points)}
+    forward = config.harvest_contexts * config.ctx_len
+    check_capacity(config.buffer_contexts, config.ctx_len, forward, config.batch_size)
     parameters = [_parameters(spec, widths[spec.hook_point]) for spec in config.dictionaries]
     itemsize = torch.empty((), dtype=lm.dtype).element_size()
     buffer_rows = config.buffer_contexts * config.ctx_len
@@ -138,8 +142,13 @@ def probe(
 
 
 def _parameters(spec: DictionarySpec, activation_dim: int) -> int:
-    """Parameters of a dictionary, counted on one without memory."""
-    cls = inspect.signature(trainer_class(spec.architecture)).parameters["dict_class"].default
+    """Parameters of a dictionary, counted on one on the meta device, where nothing is drawn or filled."""
+    signature = inspect.signature(trainer_class(spec.architecture))
+    try:
+        signature.bind(steps=1, activation_dim=activation_dim, layer=None, lm_name=None, **spec.trainer_arguments())
+    except TypeError as error:  # the sparsity is no argument of this trainer
+        raise UserError(f"The settings of '{spec.label}' don't fit its architecture: {error}.") from error
+    cls = signature.parameters["dict_class"].default
     given = {"activation_dim": activation_dim, **spec.trainer_arguments()}
     with torch.device("meta"):
         dictionary = cls(**{name: given[name] for name in inspect.signature(cls).parameters if name in given})

@@ -61,6 +61,11 @@ def check_resumable(save_dir: Path, config: RunConfig, record: dict[str, Any]) -
         raise UserError(
             f"The run in '{save_dir}' began with other settings ({', '.join(differing)}): resume it with the same."
         )
+    if old["model"]["weights"] != record["model"]["weights"]:
+        raise UserError(
+            f"The weights of '{config.model_name}' have changed since the run in '{save_dir}' began: restore them, or "
+            "start anew."
+        )
     if old["corpus_fingerprint"] != record["corpus_fingerprint"]:
         raise UserError(
             f"The corpus '{config.corpus}' has changed since the run in '{save_dir}' began: restore it, or start anew."

@@ -157,7 +157,9 @@ def load_newest_state(folder: Path) -> tuple[int, Any]:
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         name = f"{len(tensors)}{path}"  # numbered, because different keys can spell one path
-        tensors[name] = value.detach().to("cpu", copy=True)  # tensors that share memory can't be written as they are
+        plain = value.detach().cpu().contiguous()  # a copy only where it must be: the buffer may be large
+        taken = {tensor.untyped_storage().data_ptr() for tensor in tensors.values()}
+        tensors[name] = plain.clone() if plain.untyped_storage().data_ptr() in taken else plain
         return {_TENSOR: name}
     if isinstance(value, Mapping):
         if all(isinstance(key, str) and key not in (_TENSOR, _ITEMS, _FLOAT) for key in value):

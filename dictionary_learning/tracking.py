@@ -128,9 +128,11 @@ class JsonlSink(SilentSink):
 
 class ProgressSink(SilentSink):
     """A progress bar with tokens a second, the time left, and L0 / explained variance of the `shown` dictionaries;
-    and a log line for each of them at every log step."""
+    and a log line for each of them at every log step. `total_tokens` None: the length of the run is not known."""
 
-    def __init__(self, total_tokens: int, shown: Sequence[str], *, bar: bool | None = None, lines: bool = True) -> None:
+    def __init__(
+        self, total_tokens: int | None, shown: Sequence[str], *, bar: bool | None = None, lines: bool = True
+    ) -> None:
         self.total_tokens, self.shown, self.lines = total_tokens, list(shown), lines
         self.show_bar = sys.stderr.isatty() if bar is None else bar
         self.bar: Any = None
@@ -162,7 +164,9 @@ class ProgressSink(SilentSink):
         elapsed = time.monotonic() - self._began
         done = tokens - (self._tokens_at_start or 0)
         rate = f"{done / elapsed:,.0f} tok/s" if elapsed > 1 and done else "starting"
-        left = f", {(self.total_tokens - tokens) * elapsed / done:,.0f} s left" if elapsed > 1 and done else ""
+        left = ""
+        if elapsed > 1 and done and self.total_tokens is not None:
+            left = f", {(self.total_tokens - tokens) * elapsed / done:,.0f} s left"
         for name, values in few.items():
             numbers = ", ".join(f"{key} {values[key]:.4g}" for key in LOG_LINE if key in values)
             tqdm.write(f"{name}: step {step}, {numbers}  ({rate}{left})", file=sys.stdout)

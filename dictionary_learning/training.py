@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
+import shutil
 import signal
 import threading
 import time
@@ -68,6 +70,8 @@ class TrainingRun:
             raise UserError("There is nothing to train: the list of trainers is empty.")
         if log_steps is not None and log_steps < 1:
             raise UserError(f"log_steps must be at least 1, got {log_steps}.")
+        if state_every is not None and state_every < 1:
+            raise UserError(f"state_every must be at least 1, got {state_every}.")
         self.data, self.trainers, self.steps = data, list(trainers), steps
         self.save_dir, self.save_steps, self.state_every = save_dir, set(save_steps), state_every
         self.log_steps, self.normalize_activations = log_steps, normalize_activations
@@ -110,7 +114,12 @@ class TrainingRun:
 
     def _one_step(self) -> None:
         began = time.perf_counter()
-        batch = next(self._batches, None)  # type: ignore[arg-type]
+        try:
+            batch = next(self._batches, None)  # type: ignore[arg-type]
+        except UserError:  # such as a damaged line in the corpus; no trainer has seen anything of this step yet
+            if self.save_dir is not None and self.step > 0:
+                self.save_state()
+            raise
         self.seconds_harvesting += time.perf_counter() - began
         if batch is None:
             self.stopped = "end of stream"
@@ -128,6 +137,9 @@ class TrainingRun:
             mixing = self.data.mixing() if isinstance(self.data, ActivationBuffer) else {}
             metrics = [trainer.metrics(self._input_of(trainer, inputs)) | mixing for trainer in self.trainers]
             self.tracker.metrics(self.step, self.tokens, dict(zip(self.names, metrics, strict=True)))
+            for name, values in zip(self.names, metrics, strict=True):
+                if not math.isfinite(values["loss"]):
+                    self.tracker.message(f"Warning: the loss of {name} is {values['loss']} at step {self.step:,}.")
         if self.save_dir is not None:
             if self.step in self.save_steps:
                 for index in range(len(self.trainers)):
@@ -286,7 +298,7 @@ def trainSAE(
     Args:
         trainer_configs: dicts with a "trainer" class and its arguments; they are not modified. `steps` and `device`
             are filled in where a config leaves them out.
-        run_cfg: further facts for the W&B config of each run.
+        run_cfg: further facts for the W&B config of each run; "group" names their group.
         verbose: print a progress bar and log lines.
         resume: go on from the newest state in `save_dir`; the data must be set up as in the interrupted run.
         (others: see `TrainingRun`)
@@ -297,14 +309,18 @@ def trainSAE(
     Raises:
         UserError: a config that can't be, batches that don't fit, nothing to resume.
     """
+    if isinstance(trainer_configs, Mapping):
+        raise UserError("trainer_configs is a list of configs: write [config] in place of config.")
     trainers = [_build_trainer(config, steps, device) for config in trainer_configs]
     folder = None if save_dir is None else Path(save_dir)
     if resume and folder is None:
         raise UserError("resume needs the save_dir of the interrupted run.")
     sinks: list[Sink] = []
     if verbose:
-        rows = getattr(data, "out_batch_size", 0) or 1
-        sinks.append(ProgressSink(steps * rows, [f"trainer_{index}" for index in range(min(3, len(trainers)))]))
+        rows = getattr(data, "out_batch_size", None)
+        sinks.append(
+            ProgressSink(steps * rows if rows else None, [f"trainer_{index}" for index in range(min(3, len(trainers)))])
+        )
     if use_wandb:
         group = str((run_cfg or {}).get("group") or (folder.name if folder else "trainSAE"))
         sinks.append(
@@ -322,10 +338,16 @@ def trainSAE(
         normalize_activations=normalize_activations,
         callbacks=callbacks,
     )
+    if folder is not None and not resume:  # states of an earlier run must not be taken for this one's
+        shutil.rmtree(folder / "state", ignore_errors=True)
     if resume and folder is not None:
         run.load_state_dict(storage.load_newest_state(folder / "state")[1])
     dictionaries = run.run()
     run.tracker.close()
+    if run.stopped == "SIGTERM":  # whoever sent it wants the process to end, not only the training
+        signal.raise_signal(signal.SIGTERM)
+    if run.stopped and not verbose:
+        warnings.warn(f"Training stopped after {run.step:,} of {steps:,} steps: {run.stopped}.", stacklevel=2)
     return dictionaries
 
 
@@ -334,6 +356,8 @@ def _build_trainer(config: Mapping[str, Any], steps: int, device: str | torch.de
     cls = arguments.pop("trainer", None)
     if cls is None:
         raise UserError("A trainer config has no 'trainer': give its class, such as TopKTrainer.")
+    if not isinstance(cls, type):
+        raise UserError(f"A trainer config's 'trainer' must be a class, such as TopKTrainer, got {cls!r}.")
     arguments.setdefault("steps", steps)
     if device is not None:
         arguments.setdefault("device", device)

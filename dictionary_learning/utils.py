@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,15 +38,18 @@ def load_dictionary(
 
         base_path = local_folder(base_path, revision, None)
     folder = Path(base_path).expanduser()
-    config = read_json(folder / "config.json")
+    path = folder / "config.json"
+    config = read_json(path)
     try:
         trainer = config["trainer"]
         cls = dictionary_class(trainer["dict_class"])
     except (KeyError, TypeError):
-        path = folder / "config.json"
         raise UserError(f"'{path}' does not say trainer.dict_class: it is no dictionary's config.") from None
     options: dict[str, Any] = {}
-    if "k" in trainer and "k" not in read_weights(folder):  # older files of weights leave k to the config
+    takes_k = "k" in trainer and "k" in inspect.signature(cls).parameters
+    if takes_k and "k" not in read_weights(folder):  # older files of weights leave k to the config
+        if not isinstance(trainer["k"], int):
+            raise UserError(f"'{path}' should give trainer.k as an integer, got {trainer['k']!r}.")
         options["k"] = trainer["k"]
     dictionary = cls.from_pretrained(folder, device=device, **options)
     for name in ("activation_dim", "dict_size"):

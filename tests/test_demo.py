@@ -197,6 +197,9 @@ BAD_INPUT = {
     "layers and hook points": (["--hook_points", "mlp_out_layer_1"], "either --hook_points or --layers"),
     "unknown dtype": (["--dtype", "float7"], "float7"),
     "nothing to resume": (["--resume"], "no run to resume"),
+    "no steps between log entries": (["--log_steps", "0"], "log_steps must be at least 1, got 0"),
+    "negative steps between states": (["--state_every", "-1"], "state_every must be at least 1, got -1"),
+    "site beside hook points": (["--hook_points", "mlp_out_layer_1", "--site", "mlp_in"], "either --hook_points or"),
     "missing configuration": (["--config", "absent.yaml"], "absent.yaml"),
 }
 
@@ -268,6 +271,55 @@ def test_a_sweep_with_a_bad_sparsity_gets_one_sentence(small_sweep: Path, capsys
     (small_sweep / "demo_config.py").write_text("SWEEP = 1 / 0")
     assert demo.main(["--save_dir", "run", *ONE, *SMALL]) == 2
     assert_one_sentence(capsys.readouterr().err, "demo_config.py can't be read: ZeroDivisionError")
+
+
+def test_a_refused_command_leaves_the_earlier_run_alone(small_sweep: Path) -> None:
+    assert demo.main(["--save_dir", "run", *ONE, *SMALL]) == 0
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert demo.main(["--save_dir", "run", *ONE, *SMALL, "--overwrite", "--log_steps", "-1"]) == 2
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+
+def test_an_interrupted_evaluation_is_taken_up_without_training_again(
+    small_sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dictionary_learning.evaluation.evaluate_dictionaries", interrupted)
+        assert demo.main(["--save_dir", "run", *ONE, *SMALL, "--state_every", "0"]) == 130
+    assert "Go on with:" in capsys.readouterr().out
+    trained = Path("run/trainer_0/ae.safetensors").read_bytes()
+    assert demo.main(["--save_dir", "run", *ONE, *SMALL, "--resume"]) == 0
+    assert "Resuming at step 24 of 24" in capsys.readouterr().out
+    assert Path("run/trainer_0/ae.safetensors").read_bytes() == trained
+    assert Path("run/summary.csv").exists()
+
+
+def test_a_run_interrupted_before_its_first_state_resumes_from_the_start(
+    small_sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # in the first fill of the buffer
+        patch.setattr("dictionary_learning.buffer.ActivationBuffer.mean_squared_norm", interrupted)
+        assert demo.main(["--save_dir", "run", *ONE, *SMALL]) == 130
+    assert demo.main(["--save_dir", "run", *ONE, *SMALL, "--resume"]) == 0
+    assert "begins anew" in capsys.readouterr().out
+    assert demo.main(["--save_dir", "unbroken", *ONE, *SMALL]) == 0
+    for file in ("trainer_0/ae.safetensors", "metrics.jsonl"):
+        assert Path("run", file).read_bytes() == Path("unbroken", file).read_bytes(), file
+
+
+def test_a_model_that_changed_is_not_resumed(small_sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main(["--save_dir", "run", *ONE, *SMALL]) == 0
+    record = json.loads(Path("run/run.json").read_text())
+    record["model"]["weights"] = "0" * 16
+    Path("run/run.json").write_text(json.dumps(record))
+    assert demo.main(["--save_dir", "run", *ONE, *SMALL, "--resume"]) == 2
+    assert_one_sentence(capsys.readouterr().err, "weights of 'embedded' have changed")
 
 
 def test_overwrite_replaces_a_run_and_only_it(small_sweep: Path) -> None:

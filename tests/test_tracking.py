@@ -9,6 +9,7 @@ import math
 import re
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,17 +229,30 @@ def test_a_run_that_ends_before_it_starts_can_be_finished() -> None:
 def wandb_records(path: Path) -> Iterator[bytes]:
     """The records of a .wandb file, a LevelDB log: blocks of 32 KiB, pieces with a header of crc, length and type."""
     data, at, record = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b":W&B", b"")
     while at + 7 <= len(data):
         if (left := -at % 32768) and left < 7:  # too short for a header: padding
             at += left
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
-        record += data[at + 7 : at + 7 + length]
         at += 7 + length
+        if at > len(data):  # still being written
+            return
+        record += data[at - length : at]
         if kind in (1, 4):  # whole, or the last piece
             yield record
             record = b""
+
+
+def finished_runs(folder: Path, count: int) -> dict[str, dict[str, Any]]:
+    """`saved_runs`, once wandb's service has written `count` runs to their end; it writes on after `finish`."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        runs = saved_runs(folder)
+        if sum("exit" in run for run in runs.values()) == count:
+            return runs
+        time.sleep(0.05)
+    raise AssertionError(f"wandb did not finish {count} runs: {saved_runs(folder)}")
 
 
 def saved_runs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -259,7 +273,7 @@ def saved_runs(folder: Path) -> dict[str, dict[str, Any]]:
                 found["history"].append(row)
             if record.HasField("exit"):
                 found["exit"] = record.exit.exit_code
-        runs[found["display_name"]] = found
+        runs[found.get("display_name", path.name)] = found
     return runs
 
 
@@ -273,7 +287,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wandb_offline_makes_one_run_a_dictionary_in_one_group(tmp_path: Path, offline: None) -> None:
-    sink = WandbSink(project="", entity="", group="sweep-7", directory=tmp_path)
+    sink = WandbSink(project="", entity="", group="sweep-7", directory=tmp_path, config={"corpus": "texts", "k": 0})
     tracker = Tracker(None, [sink])
     tracker.start(0, {"trainer_0": CONFIGS["trainer_0"] | {"lr": math.nan}, "trainer_1": {}})
     for step in (10, 20):
@@ -283,10 +297,14 @@ def test_wandb_offline_makes_one_run_a_dictionary_in_one_group(tmp_path: Path, o
 
     assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
     assert not list((tmp_path / "wandb").glob("run-*")), "a run went online"
-    runs = saved_runs(tmp_path)
+    runs = finished_runs(tmp_path, 2)
     assert sorted(runs) == ["TopK-trainer_0", "dictionary-trainer_1"]
     assert {(run["run_group"], run["project"], run["exit"]) for run in runs.values()} == {("sweep-7", "sae-factory", 1)}
-    assert runs["TopK-trainer_0"]["config"] | {"k": 8, "lr": None} == runs["TopK-trainer_0"]["config"]
+    configs = {name: {key: run["config"].get(key) for key in ("corpus", "k", "lr")} for name, run in runs.items()}
+    assert configs == {
+        "TopK-trainer_0": {"corpus": "texts", "k": 8, "lr": None},  # a dictionary's own setting goes before the facts
+        "dictionary-trainer_1": {"corpus": "texts", "k": 0, "lr": None},
+    }
     history = runs["dictionary-trainer_1"]["history"]
     assert [(row["_step"], row["tokens"], row["loss"], row["l0"]) for row in history] == [
         (10, 1000, 10.0, 32.0),

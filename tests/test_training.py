@@ -181,6 +181,23 @@ def test_an_exhausted_stream_is_not_a_finished_run(tmp_path: Path, capsys: pytes
     assert (tmp_path / "trainer_0" / "ae.safetensors").is_file()
 
 
+def test_a_stream_that_breaks_leaves_a_state_behind(tmp_path: Path) -> None:
+    def breaking() -> Any:
+        yield from activations(10 * B).split(B)
+        raise UserError("line 17 is damaged")
+
+    data = ActivationBuffer(None, TensorStream(breaking()), n_ctxs=40, ctx_len=10, out_batch_size=B)
+    with pytest.raises(UserError, match="line 17"):
+        trainSAE(data, [config("top_k")], STEPS, save_dir=tmp_path)
+    assert len(list((tmp_path / "state").iterdir())) == 1
+
+
+def test_a_loss_that_is_not_finite_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    batches = [activations(B), torch.full((B, D), float("inf"))]
+    trainSAE(batches, [config("standard")], 2, log_steps=1, verbose=True)
+    assert "Warning: the loss of trainer_0 is nan at step 2" in capsys.readouterr().out
+
+
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
     def twice(run: TrainingRun, step: int) -> None:
         if step == 3:
@@ -211,6 +228,8 @@ def test_jump_relu_settles_at_its_target_l0() -> None:
     [
         ([], None, "list of trainers is empty"),
         ([{"activation_dim": D}], None, "no 'trainer'"),
+        ([config("top_k") | {"trainer": "top_k"}], None, "'trainer' must be a class, such as TopKTrainer, got 'top_k'"),
+        (config("top_k"), None, "trainer_configs is a list of configs"),
         ([config("top_k", kk=3)], None, "TopKTrainer can't be made from its config: .*kk"),
         ([config("top_k", activation_dim=D + 1)], None, f"expects activations of width {D + 1}, the data has {D}"),
         ([config("top_k", k=F + 1)], None, "k must be a positive integer of at most the width"),
@@ -223,6 +242,25 @@ def test_jump_relu_settles_at_its_target_l0() -> None:
 def test_bad_input_gets_one_sentence(configs: list[dict[str, Any]], data: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         trainSAE(stream() if data is None else data, configs, STEPS, normalize_activations=True)
+
+
+def test_an_early_end_of_the_stream_is_said_aloud() -> None:
+    with pytest.warns(UserWarning, match=r"stopped after 2 of 40 steps: end of stream"):
+        trainSAE([torch.randn(8, D), torch.randn(8, D)], [config("top_k")], 40)
+
+
+def test_a_new_run_in_a_used_folder_forgets_the_old_states(tmp_path: Path) -> None:
+    trainSAE(stream(), [config("top_k")], STEPS, save_dir=tmp_path, state_every=10)
+    trainSAE(stream(), [config("top_k")], 3, save_dir=tmp_path)
+    with pytest.raises(UserError, match="no usable saved state"):
+        trainSAE(stream(), [config("top_k")], STEPS, save_dir=tmp_path, resume=True)
+
+
+def test_the_log_of_a_plain_iterable_has_no_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    batches = activations(B * STEPS).split(B)
+    trainSAE(list(batches), [config("top_k")], STEPS, log_steps=8, verbose=True)
+    out = capsys.readouterr().out
+    assert "trainer_0: step 8, loss" in out and "left" not in out
 
 
 def test_resume_without_a_state_says_so(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ tags: [gpt2, medical, tiny]
 A GPT-2-architecture model of {parameters:,} parameters with its own byte-level BPE tokenizer, trained from scratch on
 medical question-answer text. It gives `make demo` and the tests real activations without a network.
 
-**For demonstration and tests only. It is not medical advice:** it writes fluent medical English and knows no
+**For demonstration and tests only. It is not medical advice:** it writes what reads like medical English and knows no
 medicine. Do not use it to answer a medical question.
 
 ```python

@@ -144,7 +144,6 @@ def build_model(config: TrainModelConfig, vocab_size: int, end: int) -> Any:
             attn_pdrop=0.0,
             bos_token_id=end,
             eos_token_id=end,
-            pad_token_id=end,
         )
     )
 

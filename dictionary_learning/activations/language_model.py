@@ -31,7 +31,7 @@ class LanguageModelActivations:
         remove_special: drop rows of special tokens (`keep_CL` False). Rows of padding are always dropped.
         max_activation_norm_multiple: drop rows whose norm is above this multiple of the median norm of the batch's
             rows at any of the hook points, from all of them. Costs one host sync a batch.
-        provenance: say of each row where it comes from (on the model's device, like the rows).
+        provenance: say of each row where it comes from (on the CPU, where that is known without waiting).
 
     Attributes:
         widths: {name: d}. dtype, max_rows: as `ActivationSource` has them.
@@ -83,16 +83,16 @@ class LanguageModelActivations:
             return None
         acts = self.lm.capture(tokens.tokens_CL, self.hook_points)
         device, everything = self.lm.device, len(rows_N) == wanted_CL.numel()
-        rows_N = rows_N.to(device, non_blocking=True)
+        index_N = rows_N.to(device, non_blocking=True)
         flat = {name: x.to(device, self.dtype).flatten(0, 1) for name, x in acts.items()}
         if not everything:
-            flat = {name: x.index_select(0, rows_N) for name, x in flat.items()}
+            flat = {name: x.index_select(0, index_N) for name, x in flat.items()}
         self.rows_seen += len(rows_N)
         if self.max_activation_norm_multiple is not None:
             usual_M = self._usual_rows(flat, self.max_activation_norm_multiple)
             self.rows_dropped_by_norm += len(rows_N) - len(usual_M)
             if len(usual_M) < len(rows_N):
-                rows_N = rows_N.index_select(0, usual_M)
+                rows_N = rows_N.index_select(0, usual_M.cpu())
                 flat = {name: x.index_select(0, usual_M) for name, x in flat.items()}
             if not len(rows_N):
                 return None
@@ -114,7 +114,7 @@ class LanguageModelActivations:
 
     def _provenance(self, tokens: TokenBatch, rows_N: Tensor) -> Provenance:
         def pick(column_CL: Tensor) -> Tensor:
-            return column_CL.flatten().to(rows_N.device, torch.int64, non_blocking=True).index_select(0, rows_N)
+            return column_CL.flatten().to(torch.int64).index_select(0, rows_N)
 
         return Provenance(
             document_N=pick(tokens.document_CL),

@@ -8,6 +8,7 @@ once, with a timeout, before anything is loaded; without a network a cached copy
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +120,10 @@ def _load_by_name(
     name: str, tokenizer: Any | None, dtype: torch.dtype, revision: str | None, options: dict[str, Any]
 ) -> Loaded:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    if not sys.stderr.isatty():  # its bar of loaded weights is for a terminal
+        transformers_logging.disable_progress_bar()
     source = _find(name, revision)
     try:
         module = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **source, **options)

@@ -96,7 +96,10 @@ class TracedLM:
     @property
     def tokenizer(self) -> Any:
         if self._tokenizer is None:
-            raise UserError(f"The model '{self.name}' came without a tokenizer; pass one with tokenizer=.")
+            raise UserError(
+                f"The model '{self.name}' came without a tokenizer; pass one with tokenizer=, or TracedLM.load(model, "
+                "tokenizer) in place of the model."
+            )
         return self._tokenizer
 
     @property
@@ -138,7 +141,7 @@ class TracedLM:
         digest = hashlib.sha256()
         for name, tensor in self.module.state_dict().items():
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.flatten()[:8].double().cpu().numpy().tobytes())
+            digest.update(tensor.flatten()[:8].cpu().double().numpy().tobytes())
         return {
             "name": self.name,
             "revision": self.revision,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Provenance(NamedTuple):
-    """Where each row of a batch comes from: five int64 tensors of shape [N].
+    """Where each row of a batch comes from: five int64 tensors of shape [N], on the CPU.
 
     `document_N` numbers documents in the order of the stream, `position_N` is the token's place in its document
     (-1 for tokens that the packer added, such as BOS), `token_N` the token id, `corpus_N` indexes the list of

@@ -10,14 +10,16 @@ DECAY_FRACTION = 1 / 3  # of the run; a decay to zero is worth 0.007 explained v
 WARMUP_FRACTION = 1 / 20
 
 
-def automatic_learning_rate(dict_size: int, steps: int) -> float:
-    """Adam's peak learning rate for a dictionary of `dict_size` latents trained for `steps` steps.
+def automatic_learning_rate(dict_size: int, activation_dim: int, steps: int) -> float:
+    """Adam's peak learning rate for `dict_size` latents on activations of width `activation_dim`, trained for `steps`.
 
-    Falls with the square root of the width (Gao et al. 2024, arXiv:2406.04093, appendix A.3) and with the fourth root
-    of the length; the constant is the best rate measured for 3,072 latents and 1,500 steps.
+    Falls with the square root of the number of latents (Gao et al. 2024, arXiv:2406.04093, appendix A.3) and of the
+    width, and with the cube root of the length. Fitted to the best rates of TopK measured at (3,072 latents, width 384,
+    1,500 steps) and at (1,536, 192) with 292 and 585 steps.
     """
-    width, length = dict_size / 3072, max(steps, 1) / 1500
-    return min(2e-3 * width**-0.5 * length**-0.25, 5e-3)
+    return min(
+        2e-3 * (3072 / dict_size) ** 0.5 * (384 / activation_dim) ** 0.5 * (1500 / max(steps, 1)) ** (1 / 3), 1e-2
+    )
 
 
 def get_lr_schedule(total_steps: int, warmup_steps: int, decay_start: int | None = None) -> Callable[[int], float]:

@@ -80,6 +80,7 @@ class SAETrainer(ABC):
 
     architecture: ClassVar[str]
     unit_norm_decoder: ClassVar[bool] = True
+    learning_rate_factor: ClassVar[float] = 1.0  # of the automatic rate
 
     def __init_subclass__(cls, architecture: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -123,7 +124,8 @@ class SAETrainer(ABC):
         with _seeded(seed):
             self.ae = dict_class(activation_dim, dict_size, **(dict_kwargs or {})).to(self.device)
 
-        self.lr = automatic_learning_rate(dict_size, steps) if lr is None else lr
+        rule = self.learning_rate_factor * automatic_learning_rate(dict_size, activation_dim, steps)
+        self.lr = rule if lr is None else lr
         self.warmup_steps = min(1000, int(steps * WARMUP_FRACTION)) if warmup_steps is None else warmup_steps
         default_decay = max(self.warmup_steps, int(steps * (1 - DECAY_FRACTION)))
         self.decay_start = default_decay if decay_start is None else decay_start
@@ -132,7 +134,7 @@ class SAETrainer(ABC):
         self._sparsity_scale = get_sparsity_warmup_fn(steps, sparsity_warmup_steps)
 
         # The optimiser holds weights by their contiguous rows, also where the parameter is the transpose: fused Adam
-        # copies other layouts, and mixes up elements when a file gives its moments back in another layout.
+        # copies other layouts, and silently mixes up elements once a file gives its moments back in another layout.
         self._leaves = self._parameters_by_rows()
         rows_FD = self.ae.decoder_rows
         decoder = [leaf for leaf in self._leaves.values() if leaf.data_ptr() == rows_FD.data_ptr()]
@@ -163,6 +165,7 @@ class SAETrainer(ABC):
             self.initialize(x_BD)
         out = self.compute_loss(x_BD, step)
         self.ae.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)  # its leaves hold the same gradients
         (out.loss / self.input_scale**2).backward()
         self._collect_gradients()
         if self.unit_norm_decoder:

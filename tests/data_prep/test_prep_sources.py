@@ -199,7 +199,7 @@ def test_a_hub_that_stays_away_ends_in_one_sentence_that_says_what_to_do(monkeyp
         read("hub", ["medmcqa"], hub_retries=5, hub_wait=0.25)
     message = str(caught.value)
     assert "openlifescienceai/medmcqa" in message and "after 5 tries" in message and "\n" not in message
-    assert "--source embedded" in message and "--source DIR" in message
+    assert "embedded samples" in message and "medmcqa/train.jsonl" in message
     assert waits == [0.25] * 4
 
 

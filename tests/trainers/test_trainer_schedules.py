@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from trainer_cases import ARCHITECTURES, SETTINGS, batches, make, train
+from trainer_cases import ARCHITECTURES, SETTINGS, D, F, batches, make, train
 
 from dictionary_learning.errors import UserError
 from dictionary_learning.trainers import TRAINERS, StandardTrainer, trainer_class
@@ -59,10 +59,11 @@ def test_a_decay_outside_the_run_or_in_the_warmup_is_refused(decay: int) -> None
 
 
 def test_the_automatic_rate_falls_with_width_and_length_and_has_a_ceiling() -> None:
-    assert automatic_learning_rate(3072, 1500) == pytest.approx(2e-3)
-    assert automatic_learning_rate(4 * 3072, 1500) == pytest.approx(1e-3)
-    assert automatic_learning_rate(3072, 16 * 1500) == pytest.approx(1e-3)
-    assert automatic_learning_rate(8, 1) == 5e-3
+    assert automatic_learning_rate(3072, 384, 1500) == pytest.approx(2e-3)
+    assert automatic_learning_rate(4 * 3072, 384, 1500) == pytest.approx(1e-3)
+    assert automatic_learning_rate(3072, 4 * 384, 1500) == pytest.approx(1e-3)
+    assert automatic_learning_rate(3072, 384, 8 * 1500) == pytest.approx(1e-3)
+    assert automatic_learning_rate(8, 8, 1) == 1e-2
 
 
 @every
@@ -77,8 +78,9 @@ def test_an_update_uses_the_rate_of_its_step_and_the_log_says_so(architecture: s
 @every
 @pytest.mark.parametrize("steps", [1, 2, 3, 19, 1500, 100_000])
 def test_settings_left_out_fit_a_run_of_any_length(architecture: str, steps: int) -> None:
-    config = make(architecture, steps=steps).config
-    assert config["lr"] == automatic_learning_rate(24, steps)
+    trainer = make(architecture, steps=steps)
+    config = trainer.config
+    assert config["lr"] == trainer.learning_rate_factor * automatic_learning_rate(F, D, steps)
     assert config["warmup_steps"] == min(1000, steps // 20)
     assert config["decay_start"] == pytest.approx(steps * 2 / 3, abs=1)
 

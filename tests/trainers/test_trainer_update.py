@@ -188,7 +188,7 @@ def through_torch_save(state: Any) -> Any:
 
 @every
 @pytest.mark.parametrize("through", [as_a_file_gives_it_back, through_torch_save, copy.deepcopy])
-@pytest.mark.parametrize("stop", [1, 21])
+@pytest.mark.parametrize("stop", [1, 21, 35])
 def test_a_resumed_trainer_goes_on_bit_for_bit(architecture: str, through: Any, stop: int) -> None:
     extra = {"dead_after_tokens": 2 * B, "dict_size": 3 * F} if architecture == "top_k" else {"dict_size": D}
     data = batches(40)
@@ -211,6 +211,14 @@ def test_a_trainer_loaded_from_a_live_state_shares_nothing_with_it(architecture:
     train(one, data[10:], start=10)
     train(other, data[10:], start=10)
     assert same_bits(weights(one), weights(other))
+
+
+@every
+def test_a_dictionary_moved_to_other_memory_is_still_the_one_that_is_trained(architecture: str) -> None:
+    data = batches(10)
+    stayed, moved = train(make(architecture), data[:5]), train(make(architecture), data[:5])
+    moved.ae.to(torch.float64).to(torch.float32)  # as a move to another device and back would
+    assert same_bits(weights(train(stayed, data[5:], start=5)), weights(train(moved, data[5:], start=5)))
 
 
 # ------------------------------------------------------------------------------------------------- units of the data
@@ -263,9 +271,10 @@ def test_the_geometric_median_of_equal_points_is_that_point() -> None:
 
 @every
 @pytest.mark.parametrize(
-    "x", [torch.zeros(4, D), torch.ones(4, D), torch.randn(1, D)], ids=["zeros", "equal", "one row"]
+    "x", [torch.zeros(4, D), torch.ones(4, D), torch.arange(D)[None] - 2.0], ids=["zeros", "equal", "one row"]
 )
-def test_degenerate_batches_leave_finite_weights(architecture: str, x: Tensor) -> None:
+def test_degenerate_batches_leave_a_finite_loss_and_weights(architecture: str, x: Tensor) -> None:
     extra = {"dead_after_tokens": 1} if architecture == "top_k" else {}
     trainer = train(make(architecture, **extra), [x] * 20)  # past the first look at the dead
+    assert trainer.last is not None and trainer.last.loss.isfinite()
     assert all(tensor.isfinite().all() for tensor in weights(trainer).values())
