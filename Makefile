@@ -8,7 +8,7 @@ venv:
 	@./startup.sh
 
 demo: venv
-	$(PY) dictionary_learning/demo.py --preset embedded --save_dir $(RUN) --overwrite
+	$(PY) dictionary_learning/demo.py --preset embedded --num_tokens 480000 --save_dir $(RUN) --overwrite
 
 test: venv
 	$(PY) -m ruff check .
