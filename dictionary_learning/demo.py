@@ -268,7 +268,8 @@ def evaluate_run(config: RunConfig, lm: TracedLM, corpus: Corpus, run: TrainingR
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, 2 for what the user can mend (one sentence), 3 for an incomplete run, 4 for a failed push,
     130 or 143 when stopped."""
-    args = tyro.cli(DemoArgs, args=argv, use_underscores=True)
+    prog = None if argv is None else "sae-factory train"  # which hands its arguments on
+    args = tyro.cli(DemoArgs, args=argv, prog=prog, use_underscores=True)
     return run_command(args)
 
 

@@ -123,8 +123,8 @@ def resolve_harvest(args: HarvestArgs) -> HarvestConfig:
             f"Unknown preset '{args.preset}': use one of {', '.join(presets)}.{did_you_mean(args.preset, presets)}"
         )
     preset = presets[args.preset]
-    if args.hook_points and args.layers:
-        raise UserError("Give either --hook_points or --layers, not both.")
+    if args.hook_points and (args.layers or args.site != HarvestArgs.site):
+        raise UserError(f"Give either --hook_points or --{'layers' if args.layers else 'site'}, not both.")
     points = args.hook_points or [f"{args.site}_layer_{layer}" for layer in args.layers or preset.layers]
     limited = args.num_tokens is not None or args.num_samples is not None
     return HarvestConfig(
@@ -350,7 +350,7 @@ def check_disk(out: Path, expected: int | None, saved: int, bytes_per_row: int) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, 2 for what can be mended, 3 where the corpus ended early, 4 where only the push failed, 130."""
-    args = tyro.cli(HarvestArgs, args=argv, use_underscores=True)
+    args = tyro.cli(HarvestArgs, args=argv, prog="sae-factory harvest", use_underscores=True)
     try:
         return run_command(args)
     except UserError as error:

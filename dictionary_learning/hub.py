@@ -232,7 +232,12 @@ def _commit(api: Any, repo_id: str, files: Sequence[PushFile], stale: Sequence[s
     # upload_folder and upload_large_folder would put the parts on the main branch one by one
     digest = hashlib.sha256("\n".join([head, repr(_checksum(files[-1].source)), *stale]).encode()).hexdigest()
     title = f"{message} [{digest[:12]}]"  # the same push from the same head finds its pull request again
-    waiting = [pull.num for pull in api.get_repo_discussions(repo_id, discussion_status="open") if pull.title == title]
+    mine = api.whoami()["name"]  # a stranger's pull request of the same title is not to be merged
+    waiting = [
+        pull.num
+        for pull in api.get_repo_discussions(repo_id, discussion_status="open")
+        if pull.title == title and pull.author == mine
+    ]
     revision = f"refs/pr/{waiting[0]}" if waiting else None
     arrived = set(api.list_repo_files(repo_id, revision=revision)) if revision else set(stale)
     operations = [op for op in operations if not isinstance(op, CommitOperationDelete) or op.path_in_repo in arrived]

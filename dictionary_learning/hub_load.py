@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from dictionary_learning.errors import UserError, did_you_mean
-from dictionary_learning.hub_client import REACH_SECONDS, hub_endpoint, said_plainly
+from dictionary_learning.hub_client import REACH_SECONDS, hub_endpoint, reach_hub, said_plainly
 
 SCHEME = "hf://"
 MANIFEST, MANIFEST_VERSION = "checksums.json", 1
@@ -87,7 +87,8 @@ def pull_dictionary(reference: HubReference) -> Path:
         UserError: no network, no such repository, revision or folder, files that don't match their checksums.
     """
     with said_plainly(f"Could not load {reference}"):
-        manifest_file = _download(reference, reference.revision, MANIFEST, optional=True)
+        offline = _unreachable()
+        manifest_file = _download(reference, reference.revision, MANIFEST, offline, optional=True)
         manifest = None if manifest_file is None else _read_manifest(manifest_file, reference)
         folder = reference.folder
         if not folder and manifest is not None:
@@ -95,12 +96,12 @@ def pull_dictionary(reference: HubReference) -> Path:
         prefix = f"{folder}/" if folder else ""
         revision = reference.revision if manifest_file is None else _commit_of(manifest_file, MANIFEST)
         if manifest is None:
-            config = _download(reference, revision, prefix + CONFIG, optional=True)
+            config = _download(reference, revision, prefix + CONFIG, offline, optional=True)
             if config is None:
                 where = f"in its folder '{folder}'" if folder else "at its top: name a folder, hf://user/repo/folder"
                 raise UserError(f"Could not load {reference}: the repository has no {CONFIG} {where}.")
             revision = _commit_of(config, prefix + CONFIG)
-            weights = (_download(reference, revision, prefix + name, optional=True) for name in WEIGHTS)
+            weights = (_download(reference, revision, prefix + name, offline, optional=True) for name in WEIGHTS)
             if next((file for file in weights if file is not None), None) is None:
                 raise UserError(f"Could not load {reference}: '{folder}' holds neither {' nor '.join(WEIGHTS)}.")
             return config.parent
@@ -113,7 +114,7 @@ def pull_dictionary(reference: HubReference) -> Path:
                 f"{did_you_mean(folder, here)}"
             )
         wanted = [prefix + CONFIG, prefix + weights_name, *({prefix + RESULTS, RUN} & set(listed))]
-        return [_checked(reference, revision, name, listed[name]) for name in wanted][0].parent
+        return [_checked(reference, revision, name, listed[name], offline) for name in wanted][0].parent
 
 
 def _safe_folder(folder: str, text: str) -> str:
@@ -126,8 +127,15 @@ def _safe_folder(folder: str, text: str) -> str:
 
 
 def _download(
-    reference: HubReference, revision: str | None, name: str, *, optional: bool = False, force: bool = False
+    reference: HubReference,
+    revision: str | None,
+    name: str,
+    offline: Exception | None,
+    *,
+    optional: bool = False,
+    force: bool = False,
 ) -> Path | None:
+    """A file in the cache, fetched at need; where the Hub does not answer (`offline` says why) from the cache alone."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -140,14 +148,26 @@ def _download(
                 endpoint=hub_endpoint(),
                 etag_timeout=REACH_SECONDS,
                 force_download=force,
+                local_files_only=offline is not None,
             )
         )
     except LocalEntryNotFoundError:  # the Hub could not be asked
+        if offline is not None:
+            raise offline from None
         raise
     except EntryNotFoundError:
         if optional:
             return None
         raise
+
+
+def _unreachable() -> Exception | None:
+    """Why the Hub does not answer, or None. Asked first: the client itself tries for 20 s and more, for each file."""
+    try:
+        reach_hub()
+    except Exception as error:  # of the HTTP library, or that the network is forbidden; for `said_plainly`
+        return error
+    return None
 
 
 def _commit_of(file: Path, name: str) -> str:
@@ -169,9 +189,11 @@ def _read_manifest(file: Path, reference: HubReference) -> dict[str, Any]:
     return manifest
 
 
-def _checked(reference: HubReference, revision: str | None, name: str, entry: dict[str, Any]) -> Path:
+def _checked(
+    reference: HubReference, revision: str | None, name: str, entry: dict[str, Any], offline: Exception | None
+) -> Path:
     for force in (False, True):  # the copy in the cache may be what is damaged
-        file = _download(reference, revision, name, force=force)
+        file = _download(reference, revision, name, offline, force=force)
         assert file is not None
         with file.open("rb") as handle:
             if hashlib.file_digest(handle, "sha256").hexdigest() == entry["sha256"]:

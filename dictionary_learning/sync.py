@@ -96,11 +96,14 @@ def _names(folder: Path) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 for what the user can mend (one sentence)."""
-    args = tyro.cli(SyncArgs, args=argv, use_underscores=True)
+    """The command: 0; 2 for what the user can mend (one sentence); 130 after Ctrl-C."""
+    args = tyro.cli(SyncArgs, args=argv, prog="sae-factory sync", use_underscores=True)
     try:
         sync_run(args.run, args.wandb_project, args.wandb_entity, args.group)
     except UserError as error:
         print(f"Error: {error}", file=sys.stderr)
         return USER_ERROR_EXIT
+    except KeyboardInterrupt:
+        print("Interrupted: the same command sends the rest.", file=sys.stderr)
+        return 130
     return 0

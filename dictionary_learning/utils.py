@@ -31,6 +31,8 @@ def load_dictionary(
     if str(base_path).startswith("wandb://"):
         from dictionary_learning.weights_and_biases import downloaded
 
+        if revision is not None:
+            raise UserError(f"'{base_path}' has no revision '{revision}': give an artifact's version as name:v3.")
         with downloaded(str(base_path)) as artifact:
             return load_dictionary(artifact, device)
     if revision is not None or str(base_path).startswith("hf://"):

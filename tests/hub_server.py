@@ -33,6 +33,7 @@ class Pull:
     title: str
     files: dict[str, bytes]
     status: str = "open"
+    author: str = ""  # empty: the user of the token
     commits: list[str] = field(default_factory=list)
 
 
@@ -132,6 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, answer in (
             (r"/api/repos/create", self._create),
             (r"/api/validate-yaml", self._validate_yaml),
+            (r"/api/whoami-v2", self._whoami),
             (r"/(?P<repo>(?:datasets/)?[^/]+/[^/]+)\.git/info/lfs/objects/batch", self._lfs_batch),
             (r"/storage/(?P<oid>[0-9a-f]{64})", self._lfs_object),
             (rf"/api/{REPO}/preupload/{REVISION}", self._preupload),
@@ -166,6 +168,9 @@ class _Handler(BaseHTTPRequestHandler):
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub.create(kind, name, private)
         return self._json({"url": url, "name": name})
+
+    def _whoami(self, body: bytes) -> None:
+        self._json({"name": self.hub.user, "type": "user"})
 
     def _validate_yaml(self, body: bytes) -> None:
         self._json({"errors": [], "warnings": []})
@@ -242,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
             {
                 "title": pull.title,
                 "num": number,
-                "author": {"name": self.hub.user},
+                "author": {"name": pull.author or self.hub.user},
                 "createdAt": "2026-01-01T00:00:00.000Z",
                 "status": pull.status,
                 "repo": {"name": name, "type": kind.removesuffix("s")},

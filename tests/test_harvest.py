@@ -255,6 +255,7 @@ def test_bad_arguments_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
     for arguments, expected in (
         (["--preset", "gpt3"], "Unknown preset 'gpt3'"),
         (["--layers", "1", "--hook_points", "resid_post_layer_1"], "either --hook_points or --layers"),
+        (["--site", "mlp_in", "--hook_points", "resid_post_layer_1"], "either --hook_points or --site"),
         (["--layers", "9"], "Layer 9"),
         (["--hook_points", "transformer.h.1.mlpp"], "Did you mean 'transformer.h.1.mlp'?"),
         (["--num_tokens", "0"], "num_tokens must be positive, got 0"),

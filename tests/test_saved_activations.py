@@ -130,11 +130,12 @@ def test_a_folder_of_shards_is_read_in_order_of_name(folder):
 
 def test_one_file_of_either_kind(tmp_path):
     save_file({"resid": rows(0, 9, dtype=torch.bfloat16)}, tmp_path / "x.safetensors")
-    torch.save(rows(0, 9), tmp_path / "x.pt")
+    torch.save(rows(0, 9).requires_grad_(), tmp_path / "x.pt")  # with its graph, as is easily done
     torch.save({"a": rows(0, 9), "b": -rows(0, 9, width=2)}, tmp_path / "two.pt")
     source = SavedActivations(tmp_path / "x.safetensors", batch_rows=4)
     assert source.dtype == torch.bfloat16 and numbers(source, "resid") == list(range(9))
     assert numbers(SavedActivations(tmp_path / "x.pt", batch_rows=4)) == list(range(9))
+    assert not next(SavedActivations(tmp_path / "x.pt")).acts["activations"].requires_grad
     source = SavedActivations(str(tmp_path / "two.pt"), batch_rows=100)
     assert source.widths == {"a": 3, "b": 2} and numbers(source, "b") == [-n for n in range(9)]
 

@@ -135,7 +135,8 @@ def read_tensors(file: Path) -> dict[str, Any]:
         raise UserError(f"The saved activations '{file}' are not readable: {str(error).splitlines()[0]}") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"The saved activations '{file}' hold something else than tensors.") from error
-    return dict(loaded) if isinstance(loaded, Mapping) else {"activations": loaded}
+    named = dict(loaded) if isinstance(loaded, Mapping) else {"activations": loaded}
+    return {name: x.detach() if isinstance(x, Tensor) else x for name, x in named.items()}  # saved with their graph
 
 
 def file_sha256(path: Path) -> str:

@@ -21,7 +21,7 @@ from dictionary_learning.cli import main as cli
 from dictionary_learning.errors import UserError
 from dictionary_learning.hub import push_run
 from tests.hub.conftest import SMALL, fresh_process
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, Pull
 
 REPO = "user/first"
 TRAINER = ("ae.safetensors", "config.json", "eval_results.json")
@@ -120,8 +120,10 @@ def test_a_large_sweep_goes_through_a_pull_request_and_appears_at_once(
     assert len(repo.pulls) == 1
     hub.refuse.clear()
     hub.requests.clear()
+    repo.pulls[0].author, strangers = "stranger", repo.pulls[0]
+    repo.pulls.append(Pull(strangers.title, dict(strangers.files)))
     assert push_run(run, REPO).commit == repo.commits[-1][1]
-    assert [pull.status for pull in repo.pulls] == ["merged"], "it goes on with the pull request that waits"
+    assert [pull.status for pull in repo.pulls] == ["open", "merged"], "it goes on with its own pull request that waits"
     assert not any("PUT /storage/" in request for request in hub.requests), "nothing was sent twice"
     assert whole(repo.files) and "metrics.jsonl" not in repo.files and len(repo.commits) == 3
 
