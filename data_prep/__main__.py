@@ -19,7 +19,7 @@ from data_prep.publish import TableWriter, check_out, check_push, push_folder, s
 from data_prep.report import PrepReport, dataset_card
 from data_prep.sources import CORPORA, SkippedRecord, TextRecord, stream_texts
 from data_prep.splits import SPLITS, checked_fractions, split_of
-from dictionary_learning.errors import USER_ERROR_EXIT, UserError
+from dictionary_learning.errors import UserError, exit_code
 
 
 @dataclass(frozen=True)
@@ -176,15 +176,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     import tyro
 
     config = tyro.cli(PrepConfig, args=argv, prog="python -m data_prep", use_underscores=True)
-    try:
+
+    def command() -> None:
         prepare(config)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return USER_ERROR_EXIT
-    except KeyboardInterrupt:
-        print("Interrupted; no half-written table was left.", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(command, "Interrupted; no half-written table was left.")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import tyro  # noqa: E402
 from dictionary_learning import storage  # noqa: E402
 from dictionary_learning.config import RunConfig  # noqa: E402
 from dictionary_learning.demo_args import DemoArgs, resolve_config  # noqa: E402
-from dictionary_learning.errors import USER_ERROR_EXIT, UserError  # noqa: E402
+from dictionary_learning.errors import UserError, exit_code  # noqa: E402
 from dictionary_learning.hub_client import check_push  # noqa: E402
 
 if TYPE_CHECKING:
@@ -279,14 +279,8 @@ def run_command(args: DemoArgs) -> int:
 
     multiprocessing.set_start_method("spawn", force=True)
     passed_on = {f.name for f in dataclasses.fields(DemoArgs)} & set(run_training.__kwdefaults__ or ())
-    try:
-        return run_training(resolve_config(args), args.save_dir, **{name: getattr(args, name) for name in passed_on})
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return USER_ERROR_EXIT
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
+    options = {name: getattr(args, name) for name in passed_on}
+    return exit_code(lambda: run_training(resolve_config(args), args.save_dir, **options))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,28 @@ ValueError. Anything else that escapes is a bug and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 USER_ERROR_EXIT = 2
+INTERRUPTED_EXIT = 130
 
 
 class UserError(ValueError):
     """Input that can't be used, said in one sentence."""
+
+
+def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted.") -> int:
+    """Run a command of the command line: its exit code (None is 0), 2 behind the sentence of a `UserError`, 130 behind
+    that of a Ctrl-C. The sentences go to stderr, so that stdout holds results only."""
+    try:
+        return command() or 0
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return USER_ERROR_EXIT
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return INTERRUPTED_EXIT
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:

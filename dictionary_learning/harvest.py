@@ -24,7 +24,7 @@ from dictionary_learning import storage
 from dictionary_learning.activations.shards import COMPLETE, FORMAT, MANIFEST, VERSION, read_manifest
 from dictionary_learning.corpus import Text, TextStream
 from dictionary_learning.demo_args import load_demo_config
-from dictionary_learning.errors import USER_ERROR_EXIT, UserError, did_you_mean
+from dictionary_learning.errors import UserError, did_you_mean, exit_code
 
 if TYPE_CHECKING:
     from dictionary_learning.activations.language_model import LanguageModelActivations, TracedLM
@@ -351,14 +351,7 @@ def check_disk(out: Path, expected: int | None, saved: int, bytes_per_row: int) 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, 2 for what can be mended, 3 where the corpus ended early, 4 where only the push failed, 130."""
     args = tyro.cli(HarvestArgs, args=argv, prog="sae-factory harvest", use_underscores=True)
-    try:
-        return run_command(args)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return USER_ERROR_EXIT
-    except KeyboardInterrupt:
-        print("Interrupted: the same command goes on with this harvest.", file=sys.stderr)
-        return 130
+    return exit_code(lambda: run_command(args), "Interrupted: the same command goes on with this harvest.")
 
 
 def run_command(args: HarvestArgs) -> int:

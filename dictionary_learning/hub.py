@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from dictionary_learning.config import RunConfig, config_from_dict
-from dictionary_learning.errors import USER_ERROR_EXIT, UserError
+from dictionary_learning.errors import UserError, exit_code
 from dictionary_learning.hub_client import check_push, hub_endpoint, open_repository, reach_hub, said_plainly
 from dictionary_learning.hub_load import MANIFEST, MANIFEST_VERSION
 from dictionary_learning.model_card import IMAGE, CardFacts, front_image, is_hub_name, last_part, model_card, one_line
@@ -273,12 +273,7 @@ class PushArgs:
 def push_main(argv: Sequence[str] | None = None) -> int:
     """The command: 0; 2 for what the user can mend (one sentence); 130 after Ctrl-C."""
     args = tyro.cli(PushArgs, args=argv, prog="sae-factory push", use_underscores=True)
-    try:
-        _say(push_run(args.run, args.repo, private=args.private, only=args.only))
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return USER_ERROR_EXIT
-    except KeyboardInterrupt:
-        print("Interrupted: the repository is as it was. The same command finishes the push.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(
+        lambda: _say(push_run(args.run, args.repo, private=args.private, only=args.only)),
+        "Interrupted: the repository is as it was. The same command finishes the push.",
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 
 from dictionary_learning import storage
-from dictionary_learning.errors import USER_ERROR_EXIT, UserError
+from dictionary_learning.errors import UserError, exit_code
 from dictionary_learning.weights_and_biases import METRICS, WandbRuns, read_marker, read_rows, said, wandb_module
 
 
@@ -98,12 +97,8 @@ def _names(folder: Path) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0; 2 for what the user can mend (one sentence); 130 after Ctrl-C."""
     args = tyro.cli(SyncArgs, args=argv, prog="sae-factory sync", use_underscores=True)
-    try:
+
+    def command() -> None:  # what sync_run gives is a count, not an exit code
         sync_run(args.run, args.wandb_project, args.wandb_entity, args.group)
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return USER_ERROR_EXIT
-    except KeyboardInterrupt:
-        print("Interrupted: the same command sends the rest.", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_code(command, "Interrupted: the same command sends the rest.")

@@ -14,7 +14,6 @@ import math
 import shutil
 import signal
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -80,7 +79,6 @@ class TrainingRun:
         self.norm_factors: dict[str | None, float] = {}
         self.step = 0
         self.tokens = 0
-        self.seconds_harvesting = 0.0
         self.stopped = ""
         self._batches: Iterator[Any] | None = None
 
@@ -113,14 +111,12 @@ class TrainingRun:
         return self.dictionaries()
 
     def _one_step(self) -> None:
-        began = time.perf_counter()
         try:
             batch = next(self._batches, None)  # type: ignore[arg-type]
         except UserError:  # such as a damaged line in the corpus; no trainer has seen anything of this step yet
             if self.save_dir is not None and self.step > 0:
                 self.save_state()
             raise
-        self.seconds_harvesting += time.perf_counter() - began
         if batch is None:
             self.stopped = "end of stream"
             self.tracker.message(

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import tyro
 
 from dictionary_learning import storage
-from dictionary_learning.errors import USER_ERROR_EXIT, UserError
+from dictionary_learning.errors import UserError, exit_code
 from dictionary_learning.formats import FORMATS, CannotHold, Format, files, find_dictionaries, format_named
 
 
@@ -135,25 +135,13 @@ def _corpus_of(source: Path) -> str | None:
     return None
 
 
-def _run(command: Callable[[], None]) -> int:
-    try:
-        command()
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return USER_ERROR_EXIT
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
-    return 0
-
-
 def export_main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 for what the user can mend (one sentence)."""
     args = tyro.cli(ExportArgs, args=argv, use_underscores=True, prog="sae-factory export")
-    return _run(lambda: export_dictionaries(args.source, args.format, args.out))
+    return exit_code(lambda: export_dictionaries(args.source, args.format, args.out))
 
 
 def import_main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 for what the user can mend (one sentence)."""
     args = tyro.cli(ImportArgs, args=argv, use_underscores=True, prog="sae-factory import")
-    return _run(lambda: import_dictionaries(args.source, args.out, args.format))
+    return exit_code(lambda: import_dictionaries(args.source, args.out, args.format))
