@@ -1,21 +1,29 @@
-"""The products of a step by plain dense autograd: slow, obvious, and what every other kernel must agree with."""
+"""The products of a step by plain dense matrices: slow, obvious, and what every other kernel must agree with."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-
-def preactivations(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor) -> Tensor:
-    return torch.nn.functional.linear(x_BD - b_dec_D, W_enc_FD, b_enc_F)
+from dictionary_learning.kernels import Entries
 
 
-def select(
-    pre_BF: Tensor, indices_Bk: Tensor, x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor
-) -> Tensor:
-    return pre_BF.gather(-1, indices_Bk)
+def _dense(values_N: Tensor, entries: Entries) -> Tensor:
+    """[B, F] the matrix of codes itself."""
+    codes_BF = values_N.new_zeros(entries.n_rows, entries.n_latents)
+    return codes_BF.index_put_((entries.rows_N, entries.latents_N), values_N, accumulate=True)
 
 
-def decode(values_Bk: Tensor, indices_Bk: Tensor, W_dec_FD: Tensor) -> Tensor:
-    acts_BF = values_Bk.new_zeros(len(values_Bk), len(W_dec_FD)).scatter_add(-1, indices_Bk, values_Bk)
-    return acts_BF @ W_dec_FD
+def bags(values_N: Tensor, entries: Entries, W_FD: Tensor) -> Tensor:
+    return _dense(values_N, entries) @ W_FD
+
+
+def dots(rows_BD: Tensor, entries: Entries, W_FD: Tensor) -> Tensor:
+    return (rows_BD @ W_FD.t())[entries.rows_N, entries.latents_N]
+
+
+def weight_gradient(values_N: Tensor, entries: Entries, rows_BD: Tensor) -> Tensor:
+    return _dense(values_N, entries).t() @ rows_BD
+
+
+def latent_sums(values_N: Tensor, entries: Entries) -> Tensor:
+    return _dense(values_N, entries).sum(0)
