@@ -7,6 +7,7 @@ the place where it stands.
 
 from __future__ import annotations
 
+import inspect
 import io
 import re
 import shlex
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dictionary_learning.config import RunConfig
+from dictionary_learning.dictionary import AutoEncoderGroupMax, Dictionary
 
 TEXT_CHARACTERS = 200  # of a name from outside; longer ones are cut
 MAX_PANELS = 6  # hook points in the picture
@@ -76,6 +78,7 @@ def model_card(facts: CardFacts) -> str:
         f"Sparse autoencoders for the activations at {points} of {_named(facts.config, 'model_name')}. Each activation "
         f"becomes a sparse sum of learned directions. Trained with SAE Factory.{only}",
         markdown_table([["", ""], *_facts(facts)]),
+        _architectures(facts),
         "## Results",
         _results(facts),
         "## Load",
@@ -121,9 +124,27 @@ def _facts(facts: CardFacts) -> list[list[str]]:
         ["dictionaries", f"{len(config.dictionaries)}: {', '.join(code(name) for name in architectures)}"],
         ["latents of a dictionary", ", ".join(f"{width:,}" for width in widths)],
         ["trained on", f"{tokens if isinstance(tokens, int) else config.num_tokens:,} activations{status}"],
-        ["context", f"{config.ctx_len} tokens, special tokens {'left out' if config.remove_bos else 'included'}"],
+        ["texts", f"one embedding a text, cut at {config.ctx_len} tokens"]
+        if config.rows_per_context == 1
+        else ["context", f"{config.ctx_len} tokens, special tokens {'left out' if config.remove_bos else 'included'}"],
         ["best dictionary", code(facts.best)],
     ]
+
+
+def _architectures(facts: CardFacts) -> str:
+    """What each architecture of the run computes, as its class says it."""
+    rows = []
+    for name in dict.fromkeys(spec.architecture for spec in facts.config.dictionaries):
+        said = " ".join((inspect.getdoc(_dictionary_class(name)) or "").partition("\n\n")[0].split())
+        rows.append([code(name), escaped(said)])
+    return markdown_table([["architecture", "codes f and reconstruction x\\_hat of an activation x"], *rows])
+
+
+def _dictionary_class(architecture: str) -> type[Dictionary]:
+    """The class of the dictionaries that a run's architecture trains."""
+    from dictionary_learning.trainers import trainer_class
+
+    return inspect.signature(trainer_class(architecture)).parameters["dict_class"].default
 
 
 def _results(facts: CardFacts) -> str:
@@ -156,6 +177,12 @@ def _results(facts: CardFacts) -> str:
 
 def _loading(facts: CardFacts) -> str:
     name = facts.best
+    architecture = next(row["architecture"] for row in facts.rows if row["trainer"] == name)
+    other, where, load = (  # SAELens holds them all but for this one
+        ("sparsify", "sparsify", "from sparsify import SparseCoder\nsae = SparseCoder")
+        if _dictionary_class(architecture) is AutoEncoderGroupMax
+        else ("SAELens", "saelens", "from sae_lens import SAE\nsae = SAE")
+    )
     return f"""\
 ```python
 from dictionary_learning import load_dictionary
@@ -163,15 +190,14 @@ dictionary, config = load_dictionary("hf://{facts.repo_id}/{name}")  # "hf://{fa
 codes = dictionary.encode(activations)  # raw activations [..., d] of the hook point -> codes [..., latents]
 ```
 
-Pin a version with `revision="..."`. Every file is checked against `checksums.json` as it is loaded. In SAELens:
+Pin a version with `revision="..."`. Every file is checked against `checksums.json` as it is loaded. In {other}:
 
 ```bash
-hf download {facts.repo_id} --local-dir run && sae-factory export run --format saelens --out saelens
+hf download {facts.repo_id} --local-dir run && sae-factory export run --format {where} --out {where}
 ```
 
 ```python
-from sae_lens import SAE
-sae = SAE.load_from_disk("saelens/{name}")
+{load}.load_from_disk("{where}/{name}")
 codes = sae.encode(activations)
 ```"""
 
@@ -245,7 +271,12 @@ def one_line(text: object) -> str:
 
 def plain(text: object) -> str:
     """As Markdown text that reads as it is written: no link, no HTML, no emphasis, no table cell."""
-    return re.sub(r"([\\`*_{}\[\]()<>#!|~&$:@]|(?<=www)\.)", r"\\\1", one_line(text))
+    return escaped(one_line(text))
+
+
+def escaped(line: str) -> str:
+    """A line with what Markdown would take for its own escaped."""
+    return re.sub(r"([\\`*_{}\[\]()<>#!|~&$:@]|(?<=www)\.)", r"\\\1", line)
 
 
 def code(text: object) -> str:

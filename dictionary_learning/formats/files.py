@@ -206,10 +206,17 @@ def our_config(
         "submodule_name": text(hook_point),
         "norm_factor": 1.0,
         "imported_from": {"format": format_name, "config": dict(source)},
-    }
+    } | _transcoder_options(dictionary)
     if "k" in dictionary.state_dict():
         trainer["k"] = int(dictionary.state_dict()["k"])
     return {"trainer": trainer, "buffer": {} if whole(ctx_len) is None else {"ctx_len": ctx_len}}
+
+
+def _transcoder_options(dictionary: Dictionary) -> dict[str, Any]:
+    """What a config says of a transcoder besides."""
+    if not dictionary.is_transcoder:
+        return {}
+    return {"output_dim": dictionary.output_dim, "skip": dictionary.W_skip is not None}
 
 
 def write_own(
@@ -222,7 +229,7 @@ def write_own(
         "lm_name": facts.model,
         "layer": facts.layer,
         "submodule_name": facts.hook_point,
-    }
+    } | _transcoder_options(dictionary)
     if measured_F is not None:
         trainer["threshold"] = float(measured_F[0])
     write_json(folder / OWN_CONFIG, finite({"trainer": trainer, "buffer": {"ctx_len": facts.ctx_len}}))

@@ -19,7 +19,7 @@ import numpy as np
 from dictionary_learning.dictionary import Dictionary
 from dictionary_learning.errors import UserError
 from dictionary_learning.formats import files
-from dictionary_learning.formats.coder import Coder, as_coder, to_dictionary
+from dictionary_learning.formats.coder import CannotHold, Coder, as_coder, to_dictionary
 from dictionary_learning.storage import atomic_path
 
 WEIGHTS = "params.npz"
@@ -31,16 +31,18 @@ def write(dictionary: Dictionary, config: Mapping[str, Any], folder: Path) -> li
     """Write a dictionary; remarks for the reader.
 
     Raises:
-        CannotHold: a TopK dictionary without a measured threshold; see also `as_coder`.
+        CannotHold: a TopK dictionary without a measured threshold, group-max, a skip connection; see also `as_coder`.
     """
     own = as_coder(dictionary)
+    if own.skip_OD is not None:
+        raise CannotHold("Gemma Scope has no skip connections: use saelens or sparsify.")
     coder = own.as_jumprelu().subtracting(False)
     assert coder.threshold_F is not None
     arrays = {
         "W_enc": coder.encoder_FD.t(),
-        "W_dec": coder.decoder_FD,
+        "W_dec": coder.decoder_FO,
         "b_enc": coder.encoder_bias_F,
-        "b_dec": coder.decoder_bias_D,
+        "b_dec": coder.decoder_bias_O,
         "threshold": coder.threshold_F,
     }
     with atomic_path(folder / WEIGHTS) as name, name.open("wb") as handle:
@@ -60,7 +62,8 @@ def read(path: str | os.PathLike[str]) -> tuple[Dictionary, dict[str, Any]]:
 
     Model, layer and hook point come from our config.json beside it, else from the path as Gemma Scope lays it out. Only
     the residual stream's hook point is named: MLP and attention SAEs of Gemma Scope lie behind a norm, or before the
-    output projection, where our hook points do not.
+    output projection, where our hook points do not. A file looks alike for an autoencoder and for a transcoder: what is
+    said beside it, or by the path, decides.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -69,21 +72,26 @@ def read(path: str | os.PathLike[str]) -> tuple[Dictionary, dict[str, Any]]:
     if not file.is_file():
         raise UserError(f"'{file.parent}' lacks {WEIGHTS}.")
     weights = files.Weights(files.read_npz(file), file)
+    own, buffer = files.read_own(file.parent)
+    known = own or _from_path(file.absolute())
     encoder_FD = weights.matrix("W_enc").t().contiguous()
     d_sae, d_in = encoder_FD.shape
+    transcodes = known.get("output_dim") is not None
+    decoder_FO = weights.matrix("W_dec") if transcodes else weights.take("W_dec", d_sae, d_in)
+    if len(decoder_FO) != d_sae:
+        raise UserError(f"'W_dec' in '{file}' has {len(decoder_FO)} rows, expected one a latent, {d_sae}.")
     coder = Coder(
         encoder_FD,
         weights.take("b_enc", d_sae),
-        weights.take("W_dec", d_sae, d_in),
-        weights.take("b_dec", d_in),
+        decoder_FO,
+        weights.take("b_dec", decoder_FO.shape[1]),
         activation="jumprelu",
         subtracts_bias=False,
         threshold_F=weights.take("threshold", d_sae),
+        transcodes=transcodes,
     )
     weights.finish()
     dictionary = to_dictionary(coder)
-    own, buffer = files.read_own(file.parent)
-    known = own or _from_path(file.absolute())
     return dictionary, files.our_config(
         dictionary,
         format_name="gemma_scope",
@@ -105,6 +113,8 @@ def _from_path(file: Path) -> dict[str, Any]:
     if release is not None and start is not None:
         known["lm_name"] = f"google/gemma-2-{release[1]}{'-it' if release[2] == 'it' else ''}"
         known["path"] = "/".join(parts[start:])
+        if release[3] == "transcoders":
+            known["output_dim"] = "as W_dec has it"
         if release[3] == "res" and layer is not None:
             known["submodule_name"] = f"resid_post_layer_{layer}"
     return known

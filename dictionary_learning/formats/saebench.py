@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dictionary_learning.dictionary import Dictionary
 from dictionary_learning.formats import files
-from dictionary_learning.formats.coder import Coder, as_coder
+from dictionary_learning.formats.coder import CannotHold, Coder, as_coder
 from dictionary_learning.formats.hook_names import transformer_lens_name
 
 
@@ -62,13 +62,13 @@ class SAEBenchSAE(nn.Module):
 
     def __init__(self, coder: Coder, cfg: SAEBenchConfig) -> None:
         super().__init__()
-        norms_F = coder.decoder_FD.norm(dim=1)
+        norms_F = coder.decoder_FO.norm(dim=1)
         norms_F = torch.where(norms_F > 0, norms_F, 1.0)
         unit = coder if coder.has_unit_decoder else coder.scaled(norms_F)
         self.W_enc = nn.Parameter(unit.encoder_FD.t().contiguous())
         self.b_enc = nn.Parameter(unit.encoder_bias_F.clone())
-        self.W_dec = nn.Parameter(unit.decoder_FD.clone())
-        self.b_dec = nn.Parameter(unit.decoder_bias_D.clone())
+        self.W_dec = nn.Parameter(unit.decoder_FO.clone())
+        self.b_dec = nn.Parameter(unit.decoder_bias_O.clone())
         self.register_buffer("threshold", unit.threshold_F if unit.activation == "jumprelu" else None)
         # TopK chooses by the codes as they were trained, whatever unit they are handed out in.
         self.register_buffer("ranking_F", 1 / norms_F if unit is not coder and unit.activation == "topk" else None)
@@ -116,9 +116,13 @@ def saebench_sae(dictionary: Dictionary, config: Mapping[str, Any], *, model_nam
         model_name: as TransformerLens calls the model, where the config has another name for it.
 
     Raises:
-        CannotHold: see `as_coder`.
+        CannotHold: a transcoder, or group-max; see also `as_coder`.
     """
     coder = as_coder(dictionary)
+    if coder.transcodes:
+        raise CannotHold("SAEBench evaluates autoencoders, and this is a transcoder.")
+    if coder.activation in ("gated", "groupmax"):
+        coder = coder.as_jumprelu()
     facts = files.facts_of(config)
     model = model_name or facts.model or ""
     cfg = SAEBenchConfig(

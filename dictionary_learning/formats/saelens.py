@@ -1,12 +1,14 @@
 """SAELens (6 and later): `cfg.json` + `sae_weights.safetensors`, as `SAE.load_from_disk` reads and `save_model` writes.
 
-Written: standard, topk and jumprelu. Read besides: gated (as the JumpReLU it equals) and the flat configs of SAELens
-before 6. SAELens applies no norm factor of ours: saved dictionaries take raw activations already.
+Written: standard, topk, jumprelu, gated, and transcoders with ReLU or JumpReLU, with or without skip; BatchTopK as the
+jumprelu that it is after training, as there. Read besides: the flat configs of SAELens before 6. SAELens applies no
+norm factor of ours: saved dictionaries take raw activations already.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +16,10 @@ from typing import Any
 
 import torch
 
-from dictionary_learning.dictionary import Dictionary
+from dictionary_learning.dictionary import Dictionary, JumpReluAutoEncoder
 from dictionary_learning.errors import UserError, did_you_mean
 from dictionary_learning.formats import files
-from dictionary_learning.formats.coder import Coder, as_coder, gated, to_dictionary
+from dictionary_learning.formats.coder import CannotHold, Coder, as_coder, to_dictionary
 from dictionary_learning.formats.hook_names import (
     from_transformer_lens,
     is_transformer_lens_name,
@@ -27,27 +29,31 @@ from dictionary_learning.storage import finite, write_json, write_tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VERSION = "6.0.0"  # of the layout; without it SAELens takes the file for one of before 6 and drops the metadata
-ARCHITECTURES = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu"}  # our activation -> theirs
-READABLE = ("standard", "topk", "jumprelu", "gated")
+ARCHITECTURES = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}  # ours -> theirs
+TRANSCODERS = {  # (activation, whether with a skip connection) -> theirs
+    ("relu", False): "transcoder",
+    ("relu", True): "skip_transcoder",
+    ("jumprelu", False): "jumprelu_transcoder",
+    ("jumprelu", True): "jumprelu_skip_transcoder",
+}
+READABLE = (*ARCHITECTURES.values(), *TRANSCODERS.values())
 
 
 def write(dictionary: Dictionary, config: Mapping[str, Any], folder: Path) -> list[str]:
     """Write a dictionary with what its config knows of model and hook point; remarks for the reader.
 
     Raises:
-        CannotHold: see `as_coder`.
+        CannotHold: group-max, or a TopK transcoder; see also `as_coder`.
     """
-    coder = as_coder(dictionary)
+    coder, architecture = _their_form(as_coder(dictionary))
     facts = files.facts_of(config)
     hook_name = transformer_lens_name(facts.hook_point, facts.model)
-    tensors = {
-        "W_enc": coder.encoder_FD.t(),
-        "b_enc": coder.encoder_bias_F,
-        "W_dec": coder.decoder_FD,
-        "b_dec": coder.decoder_bias_D,
-    }
+    tensors = {"W_enc": coder.encoder_FD.t(), "W_dec": coder.decoder_FO, "b_dec": coder.decoder_bias_O}
+    tensors["b_gate" if coder.activation == "gated" else "b_enc"] = coder.encoder_bias_F
+    also = {"r_mag": coder.r_mag_F, "b_mag": coder.mag_bias_F, "W_skip": coder.skip_OD}
+    tensors |= {name: tensor for name, tensor in also.items() if tensor is not None}
     cfg: dict[str, Any] = {
-        "architecture": ARCHITECTURES[coder.activation],
+        "architecture": architecture,
         "d_in": coder.d_in,
         "d_sae": coder.d_sae,
         "dtype": "float32",
@@ -56,6 +62,8 @@ def write(dictionary: Dictionary, config: Mapping[str, Any], folder: Path) -> li
         "normalize_activations": "none",
         "reshape_activations": "none",
     }
+    if coder.transcodes:
+        cfg["d_out"] = coder.d_out
     if coder.activation == "topk":
         cfg |= {"k": coder.k, "rescale_acts_by_decoder_norm": False}
     elif coder.threshold_F is not None:
@@ -84,6 +92,19 @@ def write(dictionary: Dictionary, config: Mapping[str, Any], folder: Path) -> li
     return []
 
 
+def _their_form(coder: Coder) -> tuple[Coder, str]:
+    """A coder as SAELens computes it, and the name of its architecture there."""
+    if coder.transcodes and coder.activation == "gated":
+        coder = coder.as_jumprelu()
+    if coder.activation == "groupmax":
+        raise CannotHold("SAELens has no group-max: use sparsify.")
+    if not coder.transcodes:
+        return coder, ARCHITECTURES[coder.activation]
+    if coder.activation == "topk":
+        raise CannotHold("SAELens has no TopK transcoder: use sparsify, or gemma_scope with its measured threshold.")
+    return coder, TRANSCODERS[coder.activation, coder.skip_OD is not None]
+
+
 def read(path: str | os.PathLike[str]) -> tuple[Dictionary, dict[str, Any]]:
     """The dictionary of a SAELens folder (or its cfg.json) and its config in our form.
 
@@ -100,6 +121,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Dictionary, dict[str, Any]]:
     coder = _coder(files.Weights.load(weights_file), architecture, cfg, facts, config_file)
     files.check_size(cfg, "d_in", coder.d_in, config_file)
     files.check_size(cfg, "d_sae", coder.d_sae, config_file)
+    files.check_size(cfg, "d_out", coder.d_out, config_file)
     dictionary = to_dictionary(coder)
     named = files.text(about.get("hook_name", about.get("hook_point")))
     hook_point, layer = from_transformer_lens(named, files.text(about.get("model_name")))
@@ -112,6 +134,26 @@ def read(path: str | os.PathLike[str]) -> tuple[Dictionary, dict[str, Any]]:
         layer=facts.get("layer") if layer is None else layer,
         ctx_len=about.get("context_size"),
     )
+
+
+def jumprelu_from_library(**kwargs: Any) -> JumpReluAutoEncoder:
+    """An SAE that `sae_lens.SAE.from_pretrained(**kwargs)` finds, as JumpReLU.
+
+    Raises:
+        UserError: `sae_lens` is not installed; the SAE computes something that no dictionary here does.
+    """
+    try:
+        from sae_lens import SAE
+    except ImportError as error:
+        raise UserError("load_from_sae_lens needs the library: pip install sae-lens.") from error
+    found = SAE.from_pretrained(**kwargs)
+    sae = found[0] if isinstance(found, tuple) else found  # before SAELens 6: with its config and sparsity
+    with tempfile.TemporaryDirectory() as folder:
+        sae.save_model(folder)
+        dictionary, _ = read(folder)
+    jumprelu = to_dictionary(as_coder(dictionary).as_jumprelu())
+    assert isinstance(jumprelu, JumpReluAutoEncoder)
+    return jumprelu
 
 
 def _architecture(cfg: Mapping[str, Any], file: Path) -> str:
@@ -152,32 +194,39 @@ def _coder(
 ) -> Coder:
     if "scaling_factor" in weights and bool((weights.tensors["scaling_factor"] == 1).all()):
         del weights.tensors["scaling_factor"]  # once written by SAELens, and then of ones
+    transcodes = architecture in TRANSCODERS.values()
     encoder_FD = weights.matrix("W_enc").t().contiguous()
     d_sae, d_in = encoder_FD.shape
-    decoder_FD, b_dec_D = weights.take("W_dec", d_sae, d_in), weights.take("b_dec", d_in)
-    subtracts = cfg.get("apply_b_dec_to_input", True)
+    decoder_FO = weights.matrix("W_dec")
+    d_out = decoder_FO.shape[1] if transcodes else d_in
+    if decoder_FO.shape != (d_sae, d_out):
+        raise UserError(
+            f"'W_dec' in '{weights.file}' has the shape {list(decoder_FO.shape)}, expected {[d_sae, d_out]}."
+        )
+    b_dec_O = weights.take("b_dec", d_out)
+    subtracts = cfg.get("apply_b_dec_to_input", not transcodes)
     if not isinstance(subtracts, bool):
         raise UserError(f"'apply_b_dec_to_input' in '{file}' must be true or false, got {subtracts!r}.")
+    if transcodes and subtracts:
+        raise UserError(f"'apply_b_dec_to_input' in '{file}' must be false: b_dec belongs to a transcoder's output.")
+    coder = Coder(encoder_FD, b_dec_O, decoder_FO, b_dec_O, "relu", subtracts, transcodes=transcodes)
+    if "skip" in architecture:
+        coder = replace(coder, skip_OD=weights.take("W_skip", d_out, d_in))
     if architecture == "gated":
-        names = ("r_mag", "b_gate", "b_mag")
-        r_mag_F, gate_F, mag_F = (weights.take(name, d_sae) for name in names)
+        b_gate_F, r_mag_F, b_mag_F = (weights.take(name, d_sae) for name in ("b_gate", "r_mag", "b_mag"))
         weights.finish()
-        coder = gated(encoder_FD, r_mag_F, gate_F, mag_F, decoder_FD, b_dec_D)
-        return replace(coder, subtracts_bias=subtracts)
-    bias_F = weights.take("b_enc", d_sae)
+        return replace(coder, activation="gated", encoder_bias_F=b_gate_F, r_mag_F=r_mag_F, mag_bias_F=b_mag_F)
+    coder = replace(coder, encoder_bias_F=weights.take("b_enc", d_sae))
     if architecture == "topk":
         k = files.positive_integer(cfg | _legacy_k(cfg), "k", file)
         if k > d_sae:
             raise UserError(f"'k' in '{file}' is {k}, more than the {d_sae} latents.")
         threshold_F = files.measured_threshold(facts, d_sae)
-        coder = Coder(encoder_FD, bias_F, decoder_FD, b_dec_D, "topk", subtracts, k=k, threshold_F=threshold_F)
+        coder = replace(coder, activation="topk", k=k, threshold_F=threshold_F)
         if cfg.get("rescale_acts_by_decoder_norm"):
-            coder = coder.scaled(decoder_FD.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny))
-    elif architecture == "jumprelu":
-        threshold_F = weights.take("threshold", d_sae)
-        coder = Coder(encoder_FD, bias_F, decoder_FD, b_dec_D, "jumprelu", subtracts, threshold_F=threshold_F)
-    else:
-        coder = Coder(encoder_FD, bias_F, decoder_FD, b_dec_D, "relu", subtracts)
+            coder = coder.scaled(decoder_FO.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny))
+    elif architecture.startswith("jumprelu"):
+        coder = replace(coder, activation="jumprelu", threshold_F=weights.take("threshold", d_sae))
     weights.finish()
     return coder
 

@@ -1,14 +1,16 @@
 """EleutherAI's sparsify (`eai-sparsify`): `cfg.json` + `sae.safetensors`, a folder a hook point.
 
-It holds TopK, and a ReLU dictionary as TopK with k of all latents, which is the same function. It subtracts the decoder
-bias from its input always (transcoders apart, which no dictionary here is), and has no thresholds. Model and hook point
-are said by the folder's name alone; we write our config.json beside.
+It holds TopK and group-max, and a ReLU dictionary as TopK with k of all latents, which is the same function; each also
+as a transcoder between sites of one width, with or without skip. It subtracts the decoder bias from its input always,
+but for transcoders never, and has no thresholds. Model and hook point are said by the folder's name alone; we write our
+config.json beside.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +28,38 @@ def write(dictionary: Dictionary, config: Mapping[str, Any], folder: Path) -> li
     """Write a dictionary; remarks for the reader.
 
     Raises:
-        CannotHold: JumpReLU; see also `as_coder`.
+        CannotHold: JumpReLU, gated, BatchTopK; a transcoder between two widths; see also `as_coder`.
     """
-    coder = as_coder(dictionary).subtracting(True)
-    if coder.activation == "jumprelu":
+    coder = as_coder(dictionary)
+    if coder.activation in ("jumprelu", "gated"):
+        kind = "transcoder" if coder.transcodes else "dictionary"
         raise CannotHold(
-            "sparsify has no thresholds, so a JumpReLU dictionary can't be written for it: use saelens, gemma_scope or "
-            "dictionary_learning."
+            f"sparsify has no thresholds, so this {type(dictionary).__name__} {kind} can't be written for it: use "
+            f"saelens{' or gemma_scope' if coder.transcodes else ', gemma_scope or dictionary_learning'}."
         )
+    if coder.d_in != coder.d_out:
+        raise CannotHold(
+            f"sparsify has transcoders of one width only, and this one goes from {coder.d_in} to {coder.d_out}."
+        )
+    if not coder.transcodes:
+        coder = coder.subtracting(True)
     cfg = {
-        "activation": "topk",
+        "activation": "groupmax" if coder.activation == "groupmax" else "topk",
         "expansion_factor": max(1, coder.d_sae // coder.d_in),
         "normalize_decoder": coder.has_unit_decoder,
         "num_latents": coder.d_sae,
         "k": coder.k or coder.d_sae,
         "multi_topk": False,
-        "skip_connection": False,
-        "transcode": False,
+        "skip_connection": coder.skip_OD is not None,
+        "transcode": coder.transcodes,
         "d_in": coder.d_in,
     }
     tensors = {
         "encoder.weight": coder.encoder_FD,
         "encoder.bias": coder.encoder_bias_F,
-        "W_dec": coder.decoder_FD,
-        "b_dec": coder.decoder_bias_D,
-    }
+        "W_dec": coder.decoder_FO,
+        "b_dec": coder.decoder_bias_O,
+    } | ({} if coder.skip_OD is None else {"W_skip": coder.skip_OD})
     write_tensors(folder / WEIGHTS, tensors)
     files.write_own(dictionary, config, folder, coder.threshold_F)
     write_json(folder / CONFIG, finite(cfg))
@@ -66,28 +75,22 @@ def read(path: str | os.PathLike[str]) -> tuple[Dictionary, dict[str, Any]]:
     `layers.8.mlp`), as in sparsify itself.
 
     Raises:
-        UserError: a file is missing or damaged, or it is a transcoder, has a skip connection or groups.
+        UserError: a file is missing or damaged, or it keeps negative codes.
     """
     folder = files.folder_of(path, CONFIG, WEIGHTS)
     config_file, weights_file = folder / CONFIG, folder / WEIGHTS
     cfg = files.read_config(config_file)
-    if cfg.get("activation", "topk") != "topk":
-        raise UserError(
-            f"'{config_file}' has the activation {cfg['activation']!r}; only topk can be read (groupmax keeps a latent "
-            "of every group, which no dictionary here does)."
-        )
-    for key, meaning in {
-        "transcode": "is a transcoder",
-        "skip_connection": "has a skip connection",
-        "signed": "keeps negative codes",
-    }.items():
-        if cfg.get(key):
-            raise UserError(f"The coder of '{config_file}' {meaning}, which no dictionary here does.")
+    activation = cfg.get("activation", "topk")
+    if activation not in ("topk", "groupmax"):
+        raise UserError(f"'{config_file}' has the activation {activation!r}, expected topk or groupmax.")
+    if cfg.get("signed"):
+        raise UserError(f"The coder of '{config_file}' keeps negative codes, which no dictionary here does.")
     weights = files.Weights.load(weights_file)
     encoder_FD = weights.matrix("encoder.weight")
     d_sae, d_in = encoder_FD.shape
     bias_F, decoder_FD = weights.take("encoder.bias", d_sae), weights.take("W_dec", d_sae, d_in)
     b_dec_D = weights.take("b_dec", d_in)
+    skip_DD = weights.take("W_skip", d_in, d_in) if cfg.get("skip_connection") else None
     weights.finish()
     files.check_size(cfg, "d_in", d_in, config_file)
     if cfg.get("num_latents") != 0:  # 0: by the expansion factor
@@ -96,11 +99,15 @@ def read(path: str | os.PathLike[str]) -> tuple[Dictionary, dict[str, Any]]:
     if k > d_sae:
         raise UserError(f"'k' in '{config_file}' is {k}, more than the {d_sae} latents.")
     known, buffer = files.read_own(folder)
-    if k == d_sae:
-        coder = Coder(encoder_FD, bias_F, decoder_FD, b_dec_D, "relu", subtracts_bias=True)
-    else:
-        threshold_F = files.measured_threshold(known, d_sae)
-        coder = Coder(encoder_FD, bias_F, decoder_FD, b_dec_D, "topk", True, k=k, threshold_F=threshold_F)
+    coder = Coder(encoder_FD, bias_F, decoder_FD, b_dec_D, "relu", subtracts_bias=not cfg.get("transcode"))
+    if activation == "groupmax":
+        if d_sae % k:
+            raise UserError(f"'k' in '{config_file}' is {k}, and {d_sae} latents can't be split into so many groups.")
+        coder = replace(coder, activation="groupmax", k=k)
+    elif k < d_sae:  # of all latents it is ReLU
+        coder = replace(coder, activation="topk", k=k, threshold_F=files.measured_threshold(known, d_sae))
+    if cfg.get("transcode") or skip_DD is not None:  # a skip goes past the encoder: the input's bias moves into it
+        coder = replace(coder.subtracting(False), transcodes=True, skip_OD=skip_DD)
     dictionary = to_dictionary(coder)
     hook_point, layer = from_module_path(folder.absolute().name)
     if known:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +11,16 @@ from torch import Tensor
 from dictionary_learning.dictionary import (
     DICTIONARIES,
     AutoEncoder,
+    AutoEncoderGroupMax,
+    AutoEncoderNew,
     AutoEncoderTopK,
+    BatchTopKSAE,
     Dictionary,
+    GatedAutoEncoder,
     IdentityDict,
     JumpReluAutoEncoder,
+    MatryoshkaBatchTopKSAE,
+    SparseAutoencoder,
 )
 
 D, F, K = 12, 40, 5
@@ -48,8 +55,9 @@ def _filled(dictionary: Dictionary, unit_decoder: bool = True) -> Dictionary:
     return dictionary.requires_grad_(False)
 
 
-def _top_k(threshold: float, unit_decoder: bool = True) -> Dictionary:
-    dictionary = _filled(AutoEncoderTopK(D, F, K), unit_decoder)
+def _measured(dictionary: Dictionary, threshold: float, unit_decoder: bool = True) -> Dictionary:
+    dictionary = _filled(dictionary, unit_decoder)
+    assert isinstance(dictionary, AutoEncoderTopK | BatchTopKSAE | MatryoshkaBatchTopKSAE)
     dictionary.threshold.fill_(threshold)
     return dictionary
 
@@ -60,15 +68,35 @@ def _jump_relu(apply_b_dec: bool = False, unit_decoder: bool = True) -> Dictiona
     return dictionary
 
 
-CASES = {
+OUT = 7  # the width of a transcoder's output, where it is another
+CASES: dict[str, Callable[[], Dictionary]] = {
     "relu": lambda: _filled(AutoEncoder(D, F)),
     "relu, decoder of other norms": lambda: _filled(AutoEncoder(D, F), unit_decoder=False),
-    "topk": lambda: _top_k(1.25),
-    "topk, decoder of other norms": lambda: _top_k(1.25, unit_decoder=False),
-    "topk, no threshold": lambda: _top_k(-1.0),
+    "april": lambda: _filled(AutoEncoderNew(D, F), unit_decoder=False),
+    "topk": lambda: _measured(AutoEncoderTopK(D, F, K), 1.25),
+    "topk, decoder of other norms": lambda: _measured(AutoEncoderTopK(D, F, K), 1.25, unit_decoder=False),
+    "topk, no threshold": lambda: _measured(AutoEncoderTopK(D, F, K), -1.0),
+    "groupmax": lambda: _filled(AutoEncoderGroupMax(D, F, K)),
+    "batch topk": lambda: _measured(BatchTopKSAE(D, F, K), 1.25),
+    "batch topk, no threshold": lambda: _measured(BatchTopKSAE(D, F, K), -1.0),
+    "matryoshka": lambda: _measured(MatryoshkaBatchTopKSAE(D, F, K, [10, 30]), 1.25),
     "jumprelu": lambda: _jump_relu(),
     "jumprelu, decoder of other norms": lambda: _jump_relu(unit_decoder=False),
     "jumprelu, subtracting b_dec": lambda: _jump_relu(apply_b_dec=True),
+    "gated": lambda: _filled(GatedAutoEncoder(D, F)),
+    "gated, decoder of other norms": lambda: _filled(GatedAutoEncoder(D, F), unit_decoder=False),
+    "tied relu": lambda: _filled(SparseAutoencoder(D, F, input_norm=False, tie_weights=True)),
+    "topk by magnitude": lambda: _filled(SparseAutoencoder(D, F, input_norm=False, k=K)),
+    "relu transcoder": lambda: _filled(AutoEncoder(D, F, output_dim=D)),
+    "april skip transcoder to another width": lambda: _filled(AutoEncoderNew(D, F, output_dim=OUT, skip=True)),
+    "topk transcoder": lambda: _measured(AutoEncoderTopK(D, F, K, output_dim=D), 1.25),
+    "topk skip transcoder": lambda: _measured(AutoEncoderTopK(D, F, K, output_dim=D, skip=True), 1.25),
+    "topk transcoder to another width": lambda: _measured(AutoEncoderTopK(D, F, K, output_dim=OUT), 1.25),
+    "groupmax skip transcoder": lambda: _filled(AutoEncoderGroupMax(D, F, K, output_dim=D, skip=True)),
+    "batch topk transcoder": lambda: _measured(BatchTopKSAE(D, F, K, output_dim=D), 1.25),
+    "jumprelu transcoder to another width": lambda: _filled(JumpReluAutoEncoder(D, F, output_dim=OUT)),
+    "jumprelu skip transcoder": lambda: _filled(JumpReluAutoEncoder(D, F, output_dim=D, skip=True)),
+    "gated skip transcoder": lambda: _filled(GatedAutoEncoder(D, F, output_dim=D, skip=True)),
 }
 LEARNED = [cls for cls in DICTIONARIES.values() if cls is not IdentityDict]
 
@@ -79,16 +107,32 @@ def expected(dictionary: Dictionary, format_name: str, x: Tensor) -> tuple[Tenso
         f = dictionary.encode(x, use_threshold=True)
     else:
         f = dictionary.encode(x)
-    return f, dictionary.decode(f)
+    return f, dictionary.reconstruct(f, x)
 
 
 def refusal(case: str, format_name: str) -> str | None:
     """Why a format can't hold a case, as a part of the message; None where it can."""
-    if format_name == "sparsify" and case.startswith("jumprelu"):
-        return "sparsify has no thresholds"
-    if format_name == "gemma_scope" and case == "topk, no threshold":
-        return "through its measured threshold, and this one has none"
-    return None
+    by_threshold = case.startswith(("jumprelu", "gated", "batch topk", "matryoshka"))
+    reasons = {
+        "saelens": [
+            ("groupmax" in case, "no group-max"),
+            (case.startswith("topk") and "transcoder" in case, "no TopK transcoder"),
+        ],
+        "sparsify": [(by_threshold, "sparsify has no thresholds"), ("another width" in case, "of one width only")],
+        "gemma_scope": [
+            ("skip" in case, "no skip connections"),
+            ("groupmax" in case, "Group-max has no thresholds"),
+            (
+                case in ("topk, no threshold", "topk by magnitude"),
+                "through its measured threshold, and this one has none",
+            ),
+        ],
+        "dictionary_learning": [
+            ("transcoder" in case, "no transcoders"),
+            ("groupmax" in case, "has no AutoEncoderGroupMax"),
+        ],
+    }
+    return next((why for holds, why in reasons[format_name] if holds), None)
 
 
 def assert_same(actual: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> None:

@@ -93,6 +93,35 @@ def test_a_wrong_shape(name: str, shape: tuple[int, ...], tmp_path: Path) -> Non
     refused(tmp_path, "has the shape|does not hold a AutoEncoderTopK|must be a positive integer")
 
 
+@pytest.mark.parametrize("name", ["saelens", "sparsify"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"W_skip": torch.ones(D, D + 1)},
+        {"W_skip": torch.ones(D + 1, D)},
+        {"W_skip": torch.ones(D)},
+        {"W_dec": torch.ones(F + 1, D)},
+        {"W_dec": torch.ones(F, D + 1)},
+        {"W_dec": torch.ones(0, 0)},
+        {"b_dec": torch.ones(D + 1)},
+    ],
+)
+def test_tensors_of_a_skip_transcoder_that_do_not_fit_together(
+    name: str, change: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    case = {"saelens": "jumprelu skip transcoder", "sparsify": "topk skip transcoder"}[name]
+    change_tensors(name, written(name, tmp_path, case), lambda t: t.update(change))
+    refused(tmp_path, "has the shape")
+
+
+@pytest.mark.parametrize("name", ["saelens", "sparsify"])
+def test_a_skip_that_the_config_does_not_speak_of(name: str, tmp_path: Path) -> None:
+    case = {"saelens": "jumprelu skip transcoder", "sparsify": "topk skip transcoder"}[name]
+    said = {"architecture": "jumprelu_transcoder"} if name == "saelens" else {"skip_connection": False}
+    change_config(name, written(name, tmp_path, case), lambda c: c.update(said))
+    refused(tmp_path, "no known meaning: W_skip")
+
+
 @every_format
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_value_that_is_no_number(name: str, value: float, tmp_path: Path) -> None:
@@ -167,7 +196,14 @@ def test_sizes_and_values_of_a_dictionary_learning_config(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"architecture": "jumprelu_transcoder"}, "'jumprelu_transcoder'.*can't be read.*Did you mean 'jumprelu'"),
+        ({"architecture": "jumprelu_transcode"}, "can't be read.*Did you mean 'jumprelu_transcoder'"),
+        (
+            {"architecture": "transcoder", "apply_b_dec_to_input": True},
+            "must be false: b_dec belongs to a transcoder's",
+        ),
+        ({"architecture": "skip_transcoder", "apply_b_dec_to_input": False}, "lacks the tensor 'W_skip'"),
+        ({"architecture": "transcoder", "apply_b_dec_to_input": False, "d_out": 5}, "d_out = 5, but the weights.* 12"),
+        ({"architecture": "gated"}, "lacks the tensor 'b_gate'"),
         ({"architecture": "batchtopk"}, "save a BatchTopK SAE for inference"),
         ({"architecture": ["topk"]}, "can't be read"),
         ({"architecture": {}}, "can't be read"),
@@ -187,11 +223,11 @@ def test_saelens_settings_that_no_dictionary_here_computes(change: dict[str, Any
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"transcode": True}, "is a transcoder"),
-        ({"skip_connection": True}, "has a skip connection"),
+        ({"skip_connection": True}, "lacks the tensor 'W_skip'"),
         ({"signed": True}, "keeps negative codes"),
-        ({"activation": "groupmax"}, "'groupmax'; only topk can be read"),
-        ({"activation": [1]}, "only topk can be read"),
+        ({"activation": "groupmax", "k": 7}, "'k' .* is 7, and 40 latents can't be split into so many groups"),
+        ({"activation": "relu"}, "'relu', expected topk or groupmax"),
+        ({"activation": [1]}, "expected topk or groupmax"),
     ],
 )
 def test_sparsify_settings_that_no_dictionary_here_computes(change: dict[str, Any], match: str, tmp_path: Path) -> None:

@@ -13,7 +13,14 @@ from format_cases import D, F, K, assert_same, inputs
 from torch import Tensor
 
 from dictionary_learning import load_dictionary
-from dictionary_learning.dictionary import AutoEncoder, AutoEncoderTopK, JumpReluAutoEncoder
+from dictionary_learning.dictionary import (
+    DICTIONARIES,
+    AutoEncoderNew,
+    AutoEncoderTopK,
+    GatedAutoEncoder,
+    JumpReluAutoEncoder,
+)
+from dictionary_learning.errors import UserError
 from dictionary_learning.formats import read
 from dictionary_learning.formats.files import save_ours
 from dictionary_learning.storage import write_json, write_tensors
@@ -109,16 +116,17 @@ def test_the_flat_config_of_saelens_before_6(k_place: dict[str, Any], tmp_path: 
     assert config["buffer"] == {"ctx_len": 128}
 
 
-def test_gated_is_the_jumprelu_that_it_equals(tmp_path: Path) -> None:
+@pytest.mark.parametrize("subtracts", [True, False])
+def test_gated_of_saelens_with_and_without_b_dec_subtracted(subtracts: bool, tmp_path: Path) -> None:
     w = weights("W_enc", "b_gate", "r_mag", "b_mag", "W_dec", "b_dec")
-    folder = saelens(tmp_path / "there", w, architecture="gated", apply_b_dec_to_input=True, metadata=META)
+    folder = saelens(tmp_path / "there", w, architecture="gated", apply_b_dec_to_input=subtracts, metadata=META)
 
     def function(x: Tensor) -> tuple[Tensor, Tensor]:
-        u = (x - w["b_dec"]) @ w["W_enc"]
+        u = (x - w["b_dec"] * subtracts) @ w["W_enc"]
         f = (u + w["b_gate"] > 0) * torch.relu(u * w["r_mag"].exp() + w["b_mag"])
         return f, f @ w["W_dec"] + w["b_dec"]
 
-    check(folder, function, JumpReluAutoEncoder, tmp_path)
+    check(folder, function, GatedAutoEncoder, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -161,9 +169,7 @@ def test_the_batch_topk_classes_of_dictionary_learning_encode_by_their_threshold
         return f, f @ dec + w["b_dec"]
 
     folder = dictionary_learning(tmp_path / "there", name, w | counts, k=K, lm_name="gpt2")
-    trainer = check(folder, function, JumpReluAutoEncoder, tmp_path)["trainer"]
-    assert (trainer["dict_class"], trainer["dict_class_there"]) == ("JumpReluAutoEncoder", name)
-    assert trainer["lm_name"] == "gpt2" and "k" not in trainer
+    assert check(folder, function, DICTIONARIES[name], tmp_path)["trainer"]["lm_name"] == "gpt2"
 
 
 def test_the_gated_class_of_dictionary_learning(tmp_path: Path) -> None:
@@ -174,20 +180,17 @@ def test_the_gated_class_of_dictionary_learning(tmp_path: Path) -> None:
         f = (u + w["gate_bias"] > 0).float() * torch.relu(w["r_mag"].exp() * u + w["mag_bias"])
         return f, f @ w["decoder.weight"].t() + w["decoder_bias"]
 
-    check(dictionary_learning(tmp_path / "there", "GatedAutoEncoder", w), function, JumpReluAutoEncoder, tmp_path)
+    check(dictionary_learning(tmp_path / "there", "GatedAutoEncoder", w), function, GatedAutoEncoder, tmp_path)
 
 
-@pytest.mark.parametrize(("unit", "kind"), [(True, AutoEncoder), (False, JumpReluAutoEncoder)])
-def test_the_april_class_of_dictionary_learning(unit: bool, kind: type, tmp_path: Path) -> None:
+def test_the_april_class_of_dictionary_learning(tmp_path: Path) -> None:
     w = weights("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
-    if unit:
-        w["decoder.weight"] /= w["decoder.weight"].norm(dim=0)
 
     def function(x: Tensor) -> tuple[Tensor, Tensor]:
         f = torch.relu(x @ w["encoder.weight"].t() + w["encoder.bias"])
         return f, f @ w["decoder.weight"].t() + w["decoder.bias"]
 
-    check(dictionary_learning(tmp_path / "there", "AutoEncoderNew", w), function, kind, tmp_path)
+    check(dictionary_learning(tmp_path / "there", "AutoEncoderNew", w), function, AutoEncoderNew, tmp_path)
 
 
 def test_gemma_scope_says_what_its_path_says(tmp_path: Path) -> None:
@@ -217,3 +220,41 @@ def test_sparsify_says_its_hook_point_by_its_folder(folder: str, hook_point: str
     write_json(tmp_path / folder / "cfg.json", {"expansion_factor": 3, "k": K, "num_latents": 0, "d_in": D})
     dictionary, config = read(tmp_path / folder)
     assert config["trainer"]["submodule_name"] == hook_point and int(dictionary.state_dict()["k"]) == K
+
+
+@pytest.mark.parametrize("d_out", [D, 5])
+def test_a_transcoder_of_gemma_scope_is_told_by_its_path(d_out: int, tmp_path: Path) -> None:
+    w = weights("W_enc", "b_enc", "threshold")
+    w |= {"W_dec": torch.randn(F, d_out) * 0.3, "b_dec": torch.randn(d_out)}
+    folder = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_3" / "width_16k" / "average_l0_5"
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in w.items()})
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        z = x @ w["W_enc"] + w["b_enc"]
+        f = torch.relu(z) * (z > w["threshold"])
+        return f, f @ w["W_dec"] + w["b_dec"]
+
+    trainer = check(folder, function, JumpReluAutoEncoder, tmp_path)["trainer"]
+    assert (trainer["output_dim"], trainer["skip"], trainer["submodule_name"]) == (d_out, False, None)
+    if d_out != D:  # elsewhere another width is damage
+        np.savez(tmp_path / "params.npz", **{name: tensor.numpy() for name, tensor in w.items()})
+        with pytest.raises(UserError, match="'W_dec'.*has the shape .40, 5., expected .40, 12."):
+            read(tmp_path)
+
+
+def test_a_skip_of_sparsify_without_transcoding_goes_past_the_bias_that_the_encoder_subtracts(tmp_path: Path) -> None:
+    w = weights("encoder.weight", "encoder.bias", "W_dec", "b_dec") | {"W_skip": torch.randn(D, D)}
+    write_tensors(tmp_path / "there" / "sae.safetensors", w)
+    write_json(
+        tmp_path / "there" / "cfg.json",
+        {"k": K, "num_latents": F, "d_in": D, "skip_connection": True, "transcode": False},
+    )
+
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        top = ((x - w["b_dec"]) @ w["encoder.weight"].t() + w["encoder.bias"]).topk(K)
+        f = torch.zeros(*x.shape[:-1], F).scatter(-1, top.indices, top.values.relu())
+        return f, f @ w["W_dec"] + w["b_dec"] + x @ w["W_skip"].t()
+
+    trainer = check(tmp_path / "there", function, AutoEncoderTopK, tmp_path)["trainer"]
+    assert (trainer["output_dim"], trainer["skip"], trainer["k"]) == (D, True, K)

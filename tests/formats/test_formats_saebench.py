@@ -13,7 +13,8 @@ from dictionary_learning.formats import CannotHold
 from dictionary_learning.formats.coder import as_coder
 from dictionary_learning.formats.saebench import saebench_sae
 
-every_case = pytest.mark.parametrize("case", CASES)
+autoencoders = [case for case in CASES if "transcoder" not in case and "groupmax" not in case]
+every_case = pytest.mark.parametrize("case", autoencoders)
 
 
 @every_case
@@ -83,6 +84,12 @@ def test_it_shares_nothing_with_the_dictionary() -> None:
             tensor.zero_()
     after = as_coder(dictionary)
     assert torch.equal(after.encoder_FD, before.encoder_FD) and torch.equal(after.threshold_F, before.threshold_F)
+
+
+@pytest.mark.parametrize(("case", "why"), [("relu transcoder", "this is a transcoder"), ("groupmax", "Group-max has")])
+def test_what_it_has_no_place_for_is_refused(case: str, why: str) -> None:
+    with pytest.raises(CannotHold, match=why):
+        saebench_sae(CASES[case](), CONFIG)
 
 
 def test_the_identity_is_refused() -> None:

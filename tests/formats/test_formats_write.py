@@ -14,7 +14,14 @@ import torch
 from format_cases import CASES, CONFIG, LEARNED, D, F, K, assert_same, expected, inputs, refusal
 from torch import Tensor
 
-from dictionary_learning.dictionary import AutoEncoder, IdentityDict
+from dictionary_learning.dictionary import (
+    AutoEncoder,
+    AutoEncoderNew,
+    AutoEncoderTopK,
+    IdentityDict,
+    JumpReluAutoEncoder,
+    SparseAutoencoder,
+)
 from dictionary_learning.formats import FORMATS, CannotHold, detect, read, write
 from dictionary_learning.formats.coder import as_coder
 
@@ -52,44 +59,54 @@ def result(f: np.ndarray, x_hat: np.ndarray) -> Result:
 
 def by_saelens(folder: Path, x: np.ndarray) -> Result:
     cfg, w = json.loads((folder / "cfg.json").read_text()), safetensors(folder / "sae_weights.safetensors")
-    names = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,)}
-    if cfg["architecture"] == "jumprelu":
-        names["threshold"] = (F,)
+    name = cfg["architecture"]
+    out = cfg["d_out"] if "transcoder" in name else D
+    names = {"W_enc": (D, F), "W_dec": (F, out), "b_dec": (out,)}
+    names |= {"b_gate": (F,), "r_mag": (F,), "b_mag": (F,)} if name == "gated" else {"b_enc": (F,)}
+    names |= {"threshold": (F,)} if name.startswith("jumprelu") else {}
+    names |= {"W_skip": (out, D)} if "skip" in name else {}
     assert {key: value.shape for key, value in w.items()} == names  # it loads strictly
     assert (cfg["d_in"], cfg["d_sae"], cfg["normalize_activations"]) == (D, F, "none")
     assert int(cfg["metadata"]["sae_lens_version"].split(".")[0]) >= 6
-    z = (x - w["b_dec"] * cfg["apply_b_dec_to_input"]) @ w["W_enc"] + w["b_enc"]
-    if cfg["architecture"] == "topk":
+    assert not ("transcoder" in name and cfg["apply_b_dec_to_input"])
+    u = (x - w["b_dec"] if cfg["apply_b_dec_to_input"] else x) @ w["W_enc"]
+    if name == "gated":
+        f = (u + w["b_gate"] > 0) * np.maximum(u * np.exp(w["r_mag"]) + w["b_mag"], 0)
+    elif name == "topk":
         assert cfg["rescale_acts_by_decoder_norm"] is False
-        f = top_k(z, cfg["k"])
+        f = top_k(u + w["b_enc"], cfg["k"])
     else:
-        f = np.maximum(z, 0)
-        if cfg["architecture"] == "jumprelu":
-            f = f * (z > w["threshold"])
-    return result(f, f @ w["W_dec"] + w["b_dec"])
+        assert name in {
+            "standard", "jumprelu", "transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"
+        }  # fmt: skip
+        f = np.maximum(u + w["b_enc"], 0) * (u + w["b_enc"] > w.get("threshold", 0))
+    return result(f, f @ w["W_dec"] + w["b_dec"] + (x @ w["W_skip"].T if "skip" in name else 0))
 
 
 def by_sparsify(folder: Path, x: np.ndarray) -> Result:
     cfg, w = json.loads((folder / "cfg.json").read_text()), safetensors(folder / "sae.safetensors")
-    assert {key: value.shape for key, value in w.items()} == {
-        "encoder.weight": (F, D),
-        "encoder.bias": (F,),
-        "W_dec": (F, D),
-        "b_dec": (D,),
-    }
-    assert cfg["activation"] == "topk" and not cfg["transcode"] and not cfg["skip_connection"]
+    names = {"encoder.weight": (F, D), "encoder.bias": (F,), "W_dec": (F, D), "b_dec": (D,)}
+    names |= {"W_skip": (D, D)} if cfg["skip_connection"] else {}
+    assert {key: value.shape for key, value in w.items()} == names
     assert (cfg["d_in"], cfg["num_latents"]) == (D, F)
-    f = top_k((x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"], cfg["k"])
-    return result(f, f @ w["W_dec"] + w["b_dec"])
+    z = (x if cfg["transcode"] else x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"]
+    if cfg["activation"] == "groupmax":
+        grouped = np.maximum(z, 0).reshape(*z.shape[:-1], cfg["k"], -1)
+        f = np.where(grouped == grouped.max(-1, keepdims=True), grouped, 0).reshape(z.shape)
+    else:
+        assert cfg["activation"] == "topk"
+        f = top_k(z, cfg["k"])
+    return result(f, f @ w["W_dec"] + w["b_dec"] + (x @ w["W_skip"].T if cfg["skip_connection"] else 0))
 
 
 def by_gemma_scope(folder: Path, x: np.ndarray) -> Result:
+    out = json.loads((folder / "config.json").read_text())["trainer"].get("output_dim", D)
     with np.load(folder / "params.npz", allow_pickle=False) as w:
         assert {key: w[key].shape for key in w.files} == {
             "W_enc": (D, F),
-            "W_dec": (F, D),
+            "W_dec": (F, out),
             "b_enc": (F,),
-            "b_dec": (D,),
+            "b_dec": (out,),
             "threshold": (F,),
         }
         z = x @ w["W_enc"] + w["b_enc"]
@@ -101,18 +118,29 @@ def by_dictionary_learning(folder: Path, x: np.ndarray) -> Result:
     trainer = json.loads((folder / "config.json").read_text())["trainer"]
     w = {key: value.numpy() for key, value in torch.load(folder / "ae.pt", weights_only=True).items()}
     assert (trainer["activation_dim"], trainer["dict_size"]) == (D, F)
-    if trainer["dict_class"] == "JumpReluAutoEncoder":  # apply_b_dec_to_input is off in a loaded one
-        z = x @ w["W_enc"] + w["b_enc"]
+    assert ("k" in w) == ("k" in trainer) and trainer.get("k") == w.get("k")
+    name = trainer["dict_class"]
+    if name in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):  # apply_b_dec_to_input is off in a loaded JumpReLU
+        z = (x if name == "JumpReluAutoEncoder" else x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
         f = np.maximum(z * (z > w["threshold"]), 0)
         return result(f, f @ w["W_dec"] + w["b_dec"])
-    b_dec = w["bias" if trainer["dict_class"] == "AutoEncoder" else "b_dec"]
-    z = (x - b_dec) @ w["encoder.weight"].T + w["encoder.bias"]
-    if trainer["dict_class"] == "AutoEncoder":
+    bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias", "GatedAutoEncoder": "decoder_bias"}
+    b_dec = w[bias.get(name, "b_dec")]
+    u = (x if name == "AutoEncoderNew" else x - b_dec) @ w["encoder.weight"].T
+    if name == "AutoEncoder":
         norms = np.linalg.norm(w["decoder.weight"], axis=0)  # its loader normalises the decoder
-        f = np.maximum(z, 0) * norms
+        f = np.maximum(u + w["encoder.bias"], 0) * norms
         return result(f, f @ (w["decoder.weight"] / norms).T + b_dec)
-    assert trainer["dict_class"] == "AutoEncoderTopK" and trainer["k"] == int(w["k"])
-    f = top_k(z, trainer["k"])
+    if name == "GatedAutoEncoder":
+        f = (u + w["gate_bias"] > 0) * np.maximum(u * np.exp(w["r_mag"]) + w["mag_bias"], 0)
+    elif name == "AutoEncoderTopK":
+        f = top_k(u + w["encoder.bias"], trainer["k"])
+    else:
+        f = np.maximum(u + w["encoder.bias"], 0)
+        if name == "BatchTopKSAE":
+            f = f * (f > w["threshold"])
+        else:
+            assert name == "AutoEncoderNew"
     return result(f, f @ w["decoder.weight"].T + b_dec)
 
 
@@ -142,6 +170,17 @@ def test_another_reader_gets_the_same_codes_and_reconstructions(case: str, name:
     assert_same(READERS[name](tmp_path / "out", x.numpy()), expected(dictionary, name, x))
 
 
+KEPT: dict[tuple[str, str], type] = {  # what a case comes back as, where it is another class
+    **{(name, "relu, decoder of other norms"): AutoEncoderNew for name in FORMATS},
+    **{("saelens", case): JumpReluAutoEncoder for case in CASES if case.startswith(("batch topk", "matryoshka"))},
+    **{(name, "tied relu"): AutoEncoder for name in FORMATS},
+    **{(name, "topk by magnitude"): AutoEncoderTopK for name in FORMATS},
+    ("saelens", "relu transcoder"): AutoEncoderNew,
+    ("saelens", "gated skip transcoder"): JumpReluAutoEncoder,
+    ("sparsify", "relu transcoder"): AutoEncoderNew,
+}
+
+
 @every_format
 @every_case
 def test_what_was_written_comes_back(case: str, name: str, tmp_path: Path) -> None:
@@ -154,6 +193,8 @@ def test_what_was_written_comes_back(case: str, name: str, tmp_path: Path) -> No
     back, config = read(tmp_path)
     f, x_hat = expected(dictionary, name, x)
     assert_same((back.encode(x), back(x)), (f, x_hat))
+    assert back.is_transcoder == dictionary.is_transcoder and back.output_dim == dictionary.output_dim
+    assert "jumprelu" in case or name == "gemma_scope" or type(back) is KEPT.get((name, case), type(dictionary))
     trainer = config["trainer"]
     assert (trainer["lm_name"], trainer["layer"], trainer["submodule_name"]) == ("gpt2", 8, "resid_post_layer_8")
     assert trainer["dict_class"] == type(back).__name__ and config["buffer"]["ctx_len"] == 128
@@ -196,6 +237,28 @@ def test_the_identity_is_refused_with_the_reason(name: str, tmp_path: Path) -> N
 
 
 @every_format
+@pytest.mark.parametrize(
+    ("options", "why"), [({}, "an input_norm"), ({"activation": "silu", "input_norm": False}, "silu")]
+)
+def test_what_no_other_library_computes_is_refused(
+    options: dict[str, Any], why: str, name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CannotHold, match=f"with .*{why} can't be exported") as caught:
+        write(SparseAutoencoder(D, F, **options), CONFIG, tmp_path, name)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_a_matryoshka_dictionary_is_exported_as_the_prefix_that_takes_part(tmp_path: Path) -> None:
+    dictionary, x = CASES["matryoshka"](), inputs()
+    dictionary.active_groups = 1  # type: ignore[assignment]
+    f = dictionary.encode(x)
+    write(dictionary, CONFIG, tmp_path, "saelens")
+    back, _ = read(tmp_path)
+    assert back.dict_size == 10 and not f[..., 10:].any()
+    assert_same((back.encode(x), back(x)), (f[..., :10], dictionary(x)))
+
+
+@every_format
 def test_a_config_that_knows_nothing_is_enough(name: str, tmp_path: Path) -> None:
     write(CASES["topk"](), {}, tmp_path, name)
     assert read(tmp_path)[1]["trainer"]["submodule_name"] is None
@@ -216,6 +279,13 @@ def test_folding_the_decoder_bias_keeps_codes_where_activations_are_huge() -> No
     assert there_and_back.subtracts_bias and coder.subtracting(True) is coder
     torch.testing.assert_close(there_and_back.encoder_bias_F, coder.encoder_bias_F)
     assert K == there_and_back.k
+
+
+def test_scaled_codes_of_gates_are_those_of_the_jumprelu_that_they_equal() -> None:
+    coder, factor_F = as_coder(CASES["gated"]()), torch.linspace(0.5, 3, F)
+    one, other = coder.scaled(factor_F).as_jumprelu(), coder.as_jumprelu().scaled(factor_F)
+    for name in ("encoder_FD", "encoder_bias_F", "decoder_FO", "threshold_F"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name))
 
 
 def test_metadata_for_saelens_names_the_hook_as_transformerlens_does(tmp_path: Path) -> None:

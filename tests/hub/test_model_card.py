@@ -61,6 +61,26 @@ def test_the_card_tells_what_a_reader_needs(trained: Path) -> None:
     assert model_card(facts) == card
 
 
+def test_the_card_says_what_every_architecture_computes(trained: Path) -> None:
+    from dictionary_learning.trainers import TRAINERS
+
+    facts = facts_of(trained)
+    specs = [dataclasses.replace(facts.config.dictionaries[0], architecture=name) for name in TRAINERS]
+    shown = html(model_card(dataclasses.replace(facts, config=dataclasses.replace(facts.config, dictionaries=specs))))
+    rows = dict(re.findall(r"<tr>\s*<td><code>(\w+)</code></td>\s*<td>(.*?)</td>\s*</tr>", shown, re.DOTALL))
+    assert set(rows) >= set(TRAINERS)
+    assert "f = ReLU(W_enc (x - b) + b_enc), x_hat = W_dec f + b" in rows["standard"]
+    assert "f = 1[u + b_gate &gt; 0] * ReLU(exp(r_mag) u + b_mag)" in rows["gated"]
+    assert all(len(rows[name]) > 40 for name in TRAINERS)
+
+
+def test_group_max_is_loaded_in_sparsify_because_saelens_has_none(trained: Path) -> None:
+    facts = facts_of(trained)
+    rows = [{**row, "architecture": "group_max"} for row in facts.rows]
+    card = model_card(dataclasses.replace(facts, rows=rows))
+    assert "SparseCoder.load_from_disk" in card and "--format sparsify" in card and "sae_lens" not in card
+
+
 def test_the_three_lines_of_the_card_load_the_best(hub: Any, run: Path) -> None:
     from dictionary_learning.hub import push_run
 

@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 venv=.venv-interop
+peer=dictionary-learning==0.1.0  # its import name is ours, so it goes to a folder of its own, without what it depends on
 skip() { echo "test-interop: skipped, $1."; exit 0; }
 usable() { "$1" -c 'import sys, venv, ensurepip; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 12)))' >/dev/null 2>&1; }
 
@@ -14,7 +15,7 @@ for candidate in ${PYTHON:-} python3 python3.11 python3.12; do
 done
 [ -n "$python" ] || skip "because no Python 3.11 or 3.12 with venv is on PATH"
 
-stamp=$({ "$python" --version; cat constraints.txt tests/interop/requirements.txt; } | sha256sum | cut -d' ' -f1)
+stamp=$({ "$python" --version; cat constraints.txt tests/interop/requirements.txt tests/interop/run.sh; } | sha256sum | cut -d' ' -f1)
 if ! { [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.stamp" 2>/dev/null)" = "$stamp" ]; }; then
     echo "test-interop: preparing $venv (a few minutes the first time)"
     rm -rf "$venv"
@@ -22,10 +23,14 @@ if ! { [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.stamp" 2>/dev/null)" = "$st
     torch=$(grep -E '^torch==' constraints.txt)
     log=$venv/install.log
     "$venv/bin/python" -m pip --disable-pip-version-check install "$torch" >"$log" 2>&1 &&
-        "$venv/bin/python" -m pip --disable-pip-version-check install "$torch" -r tests/interop/requirements.txt >>"$log" 2>&1 ||
+        "$venv/bin/python" -m pip --disable-pip-version-check install "$torch" -r tests/interop/requirements.txt >>"$log" 2>&1 &&
+        "$venv/bin/python" -m pip --disable-pip-version-check install --no-deps --target "$venv/peer" "$peer" >>"$log" 2>&1 ||
         skip "because sae-lens and eai-sparsify can't be installed here (the end of $log: $(grep -v '^WARNING' "$log" | tail -n 1))"
     "$venv/bin/python" -c 'import sae_lens, sparsify' >>"$log" 2>&1 ||
         skip "because sae_lens and sparsify can't be imported here (the end of $log: $(tail -n 1 "$log"))"
+    peer=$(grep -oE 'dictionary-learning==[0-9.]+' tests/interop/requirements.txt)
+    "$venv/bin/python" -m pip --disable-pip-version-check install --no-deps --target "$venv/peer" "$peer" >>"$log" 2>&1 ||
+        echo "test-interop: $peer can't be installed here, its tests are skipped (the end of $log: $(tail -n 1 "$log"))"
     echo "$stamp" > "$venv/.stamp"
 fi
 "$venv/bin/python" -m pytest tests/interop -s

@@ -1,0 +1,1 @@
+"""The dictionaries by family; `dictionary_learning.dictionary` is where they are imported from."""
