@@ -10,11 +10,18 @@ concatenated or copied, and every harvested row is trained on once. A slot's row
 text are spread over many batches; `mixing()` measures it.
 
 Which slots are drawn is decided on the CPU by a generator of its own: the same seed draws the same slots on every
-device, and drawing never waits for the device.
+device, and drawing does not wait for the device.
+
+On CUDA the forwards that a draw makes room for begin right behind it, on a stream of their own, and write into the
+freed slots while the batch is trained on; the next draw comes after them on the device. Done in turn, as on the CPU,
+they give the same rows in the same slots. Only where rows are dropped by their norm does the next draw have to know how
+many are left, and the host waits for that one number unless the forward is done by then.
 """
 
 from __future__ import annotations
 
+import importlib
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -23,8 +30,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dictionary_learning.activations.types import ActivationBatch, ActivationSource, Provenance
+from dictionary_learning.activations.types import ActivationBatch, ActivationSource, Launched, Provenance
 from dictionary_learning.errors import UserError
+from dictionary_learning.read_ahead import ReadAhead
+from dictionary_learning.slots import Slots
+from dictionary_learning.streams import side_stream, to_device
 
 IO: dict[str, tuple[Literal["in", "out"], ...]] = {"in": ("in",), "out": ("out",), "in_and_out": ("in", "out")}
 
@@ -61,6 +71,8 @@ class ActivationBuffer:
         packing: fill contexts with consecutive documents instead of one document a context.
         seed: of the generator that draws slots.
         provenance: keep document, position, token and corpus of every row; `draw()` delivers them.
+        read_ahead: batches that a thread tokenises and packs ahead of the model; 0 does it in between. The rows are
+            the same. By default 2 on CUDA; 0 elsewhere, where the model needs the processor itself.
 
     Raises:
         UserError: a buffer too small for one forward and one batch, an unknown hook point, a wrong width.
@@ -85,6 +97,7 @@ class ActivationBuffer:
         packing: bool = True,
         seed: int = 0,
         provenance: bool = False,
+        read_ahead: int | None = None,
     ) -> None:
         if io not in IO:
             raise UserError(f"io must be one of {', '.join(IO)}, got '{io}'.")
@@ -95,22 +108,23 @@ class ActivationBuffer:
         self.device, self.remove_bos, self.packing, self.seed = torch.device(device), remove_bos, packing, seed
         self.max_activation_norm_multiple = max_activation_norm_multiple
         self.add_special_tokens = add_special_tokens
+        self._read_ahead = (2 if self.device.type == "cuda" else 0) if read_ahead is None else read_ahead
         self.data, self.model, self.submodule = data, model, submodule
         self.source: ActivationSource
         if isinstance(model, ActivationSource):
             if data is not None or submodule is not None:
                 raise UserError("With an activation source in place of the model, data and submodule must be None.")
-            if remove_bos or max_activation_norm_multiple is not None:
+            if remove_bos or max_activation_norm_multiple is not None or read_ahead:
                 raise UserError(
-                    "remove_bos and max_activation_norm_multiple are for a language model: an activation source has "
-                    "chosen its rows already."
+                    "remove_bos, max_activation_norm_multiple and read_ahead are for a language model: an activation "
+                    "source has chosen its rows already, and reads as it likes."
                 )
             self.source = model
         else:
             self.source = self._language_model_source()
         self.d_submodule = self._checked_width(d_submodule)
 
-        self.capacity = self.n_ctxs * self.ctx_len
+        self.capacity = self.activation_buffer_size = self.n_ctxs * self.ctx_len
         check_capacity(self.n_ctxs, self.ctx_len, self.source.max_rows, self.out_batch_size)
         self._rows = {
             name: torch.zeros(self.capacity, width, dtype=self.source.dtype, device=self.device)
@@ -118,11 +132,12 @@ class ActivationBuffer:
         }
         fields = len(Provenance._fields)
         self._provenance = torch.zeros(fields, self.capacity, dtype=torch.long) if provenance else None
-        self._context = np.full(self.capacity, -1, dtype=np.int64)  # context of each slot's row, to measure mixing
-        self._slots = np.arange(self.capacity, dtype=np.int64)  # the first n_live are filled, the others free
-        self._n_live = 0
-        self._rng = np.random.default_rng(seed)
+        self._context = np.full(self.capacity, -1, dtype=np.int64)  # of each slot's row, to measure mixing
+        self._slots = Slots(self.capacity, seed)
         self._exhausted = False
+        self._side = side_stream(self.device)
+        self._pending: list[tuple[Launched, int]] = []  # forwards whose rows are on their way into the free slots
+        self._error: Exception | None = None  # of a forward begun ahead: it belongs to the next draw
         self._last_contexts = np.empty(0, dtype=np.int64)  # of the rows of the last batch
         self.rows_drawn = 0
 
@@ -148,7 +163,7 @@ class ActivationBuffer:
         wanted = self.submodule if isinstance(self.submodule, list | tuple) else [self.submodule]
         return LanguageModelActivations(
             lm,
-            packer,
+            ReadAhead(packer, self._read_ahead) if self._read_ahead else packer,
             [point for end in IO[self.io] for point in lm.resolve(wanted, io=end)],
             remove_special=self.remove_bos,
             provenance=True,
@@ -182,61 +197,82 @@ class ActivationBuffer:
             StopIteration: the source is exhausted and every row was drawn.
         """
         self.refresh()
-        count = min(self.out_batch_size, self._n_live)
+        count = min(self.out_batch_size, self._slots.n_live)
         if count == 0:
             raise StopIteration
-        slots = self._take(count)
-        index = torch.from_numpy(slots)
-        on_device = index.to(self.device, non_blocking=True)
+        index = torch.from_numpy(slots := self._slots.take(count))
+        on_device = to_device(index, self.device)
         acts = {name: rows.index_select(0, on_device) for name, rows in self._rows.items()}
+        provenance = None if self._provenance is None else Provenance(*self._provenance[:, index])
         self._last_contexts = self._context[slots]
         self.rows_drawn += count
-        return ActivationBatch(acts, None if self._provenance is None else Provenance(*self._provenance[:, index]))
-
-    def _take(self, count: int) -> np.ndarray:
-        """Draw `count` filled slots uniformly without replacement and free them, in time that grows with `count` only.
-
-        They trade places with the last `count` filled ones, so they are the first free ones that are filled again.
-        """
-        places = self._rng.choice(self._n_live, size=count, replace=False)
-        drawn = self._slots[places]
-        self._n_live -= count
-        tail = self._slots[self._n_live : self._n_live + count]
-        stays = np.ones(count, dtype=bool)  # the slots of the tail that were not drawn fill the holes before it
-        stays[places[places >= self._n_live] - self._n_live] = False
-        self._slots[places[places < self._n_live]] = tail[stays]
-        tail[:] = drawn
-        return drawn
+        if self._side.overlaps:
+            try:
+                self._launch()
+            except Exception as error:  # noqa: BLE001 - this batch was drawn and is handed out first
+                self._error = error
+        return ActivationBatch(acts, provenance)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Run forwards while a whole one fits into the free slots."""
-        while not self._exhausted and self.capacity - self._n_live >= self.source.max_rows:
-            try:
-                batch = next(self.source)
-            except StopIteration:
-                self._exhausted = True
-                return
-            self._store(batch)
+        self._settle()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        while self._launch():
+            self._settle()
 
-    def _store(self, batch: ActivationBatch) -> None:
-        count = len(next(iter(batch.acts.values())))
+    def _launch(self) -> bool:
+        """Begin the forwards that fit into the free slots, all their rows counted; whether there are any."""
+        begun = 0
+        while not self._exhausted and self.capacity - self._slots.n_live - begun >= self.source.max_rows:
+            with self._side.beside():
+                try:
+                    launched = self.source.launch() if hasattr(self.source, "launch") else Launched(next(self.source))
+                except StopIteration:
+                    self._exhausted = True
+                    break
+                count = self._store(launched, begun)
+            # The activations are in the ring: let go of them.
+            self._pending.append((launched._replace(batch=launched.batch._replace(acts={})), count))
+            begun += count
+        return bool(self._pending)
+
+    def _store(self, launched: Launched, begun: int) -> int:
+        """Copy a batch into the free slots behind the next `begun`, the rows that stay first; how many rows it has."""
+        acts = launched.batch.acts
+        count = len(next(iter(acts.values())))
         if count > self.source.max_rows:
             raise ValueError(
                 f"The activation source gave {count} rows at once, above its max_rows {self.source.max_rows}."
             )
-        slots = self._slots[self._n_live : self._n_live + count]
-        index = torch.from_numpy(slots)
-        on_device = index.to(self.device, non_blocking=True)
+        if self._provenance is not None and launched.batch.provenance is None:
+            raise UserError("Provenance was asked of the buffer, but its activation source does not know it.")
+        slots_N = to_device(torch.from_numpy(self._slots.next_free(begun, count)), self.device)
+        if launched.keep_N is not None:
+            keep_N = launched.keep_N.to(self.device)
+            slots_N = slots_N[torch.where(keep_N, keep_N.cumsum(0), keep_N.sum() + (~keep_N).cumsum(0)) - 1]
         for name, rows in self._rows.items():
-            rows.index_copy_(0, on_device, batch.acts[name].to(rows.device, rows.dtype))
-        if batch.provenance is not None:
-            self._context[slots] = batch.provenance.context_N.cpu().numpy()
-        if self._provenance is not None:
-            if batch.provenance is None:
-                raise UserError("Provenance was asked of the buffer, but its activation source does not know it.")
-            self._provenance[:, index] = torch.stack(list(batch.provenance)).cpu()
-        self._n_live += count
+            x_Nd = acts[name]
+            if x_Nd.is_cuda:  # made on another stream, perhaps: its memory must not be reused before the copy
+                x_Nd.record_stream(torch.cuda.current_stream(x_Nd.device))
+            rows.index_copy_(0, slots_N, to_device(x_Nd, rows.device).to(rows.dtype))
+        return count
+
+    def _settle(self) -> None:
+        """Count the rows of the forwards that were begun as filled slots, and note where each comes from."""
+        self._side.join()
+        pending, self._pending = self._pending, []
+        counts = [(count, launched.kept()) for launched, count in pending]
+        filled = self._slots.fill(counts)
+        for (launched, _), (_, kept_N), slots in zip(pending, counts, filled, strict=True):
+            if launched.batch.provenance is not None:
+                provenance = torch.stack(list(launched.batch.provenance)).cpu()
+                provenance = provenance if kept_N is None else provenance[:, kept_N]
+                self._context[slots] = provenance[Provenance._fields.index("context_N")].numpy()
+                if self._provenance is not None:
+                    self._provenance[:, torch.from_numpy(slots)] = provenance
 
     # ------------------------------------------------------------------------------------------- measures
 
@@ -254,15 +290,13 @@ class ActivationBuffer:
         """Mean squared norm of the rows now in the buffer, of a hook point (default: the first)."""
         self.refresh()
         rows = self._rows[name or next(iter(self._rows))]
-        if self._n_live == 0:
+        if self._slots.n_live == 0:
             raise UserError("The buffer is empty: the activation source gave no rows.")
-        live = torch.from_numpy(np.sort(self._slots[: self._n_live])).to(self.device)
+        live = torch.from_numpy(np.sort(self._slots.live)).to(self.device)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for part in live.split(
-            max(1, 2**18 // rows.shape[1])
-        ):  # 2 MiB each: their copies must be small beside the ring
+        for part in live.split(max(1, 2**18 // rows.shape[1])):  # 2 MiB: the copies must be small beside the ring
             total += rows[part].double().pow_(2).sum()
-        return total.item() / self._n_live
+        return total.item() / self._slots.n_live
 
     @property
     def hook_points(self) -> list[str]:
@@ -277,14 +311,16 @@ class ActivationBuffer:
     @property
     def activations(self) -> Tensor | dict[str, Tensor]:
         """The ring itself: [capacity, D], or a dict of them. Slots that were drawn hold stale rows."""
+        self._side.join()
         return next(iter(self._rows.values())) if len(self._rows) == 1 else self._rows
 
     # ------------------------------------------------------------------------------------------- the field's surface
 
     def text_batch(self, batch_size: int | None = None) -> list[str]:
-        """The next texts of the stream. Raises StopIteration at its end."""
-        stream = self._packer().texts
-        return [next(stream).text for _ in range(batch_size or self.refresh_batch_size)]
+        """The next texts of the stream, behind those read ahead. Raises StopIteration at its end."""
+        packer = self._packer()
+        with packer.held() if isinstance(packer, ReadAhead) else contextlib.nullcontext():
+            return [next(packer.texts).text for _ in range(batch_size or self.refresh_batch_size)]
 
     def tokenized_batch(self, batch_size: int | None = None) -> Any:
         """The next texts, tokenised, padded and cut to `ctx_len`."""
@@ -326,22 +362,22 @@ class ActivationBuffer:
         }
 
     def close(self) -> None:
-        """Close the text stream, where it can be closed."""
-        close = getattr(self.data, "close", None)
-        if close is not None:
+        """End reading ahead, and close the text stream where it can be closed."""
+        if isinstance(contexts := getattr(self.source, "contexts", None), ReadAhead):
+            contexts.close()
+        if (close := getattr(self.data, "close", None)) is not None:
             close()
 
     # ------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """The rows, which slots are filled, the generator, and the source's position. Tensors are copies on the CPU."""
+        self._settle()
         return {
             "rows": {name: rows.to("cpu", copy=True) for name, rows in self._rows.items()},
             "provenance": None if self._provenance is None else self._provenance.clone(),
             "context": torch.from_numpy(self._context.copy()),
-            "slots": torch.from_numpy(self._slots.copy()),
-            "n_live": self._n_live,
-            "rng": self._rng.bit_generator.state,
+            **self._slots.state_dict(),
             "exhausted": self._exhausted,
             "rows_drawn": self.rows_drawn,
             "source": self.source.state_dict(),
@@ -353,12 +389,19 @@ class ActivationBuffer:
             raise UserError("The saved buffer has another size or other hook points than this one.")
         if self._provenance is not None and state["provenance"] is None:
             raise UserError("The saved buffer kept no provenance, but this one is asked for it.")
+        self._settle()
+        self._error = None
         for name, rows in self._rows.items():
             rows.copy_(state["rows"][name])
         if self._provenance is not None:
             self._provenance.copy_(state["provenance"])
-        self._context[:], self._slots[:] = state["context"].numpy(), state["slots"].numpy()
-        self._n_live, self.rows_drawn = state["n_live"], state["rows_drawn"]
-        self._rng.bit_generator.state = state["rng"]
-        self._exhausted = state["exhausted"]
+        self._context[:] = state["context"].numpy()
+        self._slots.load_state_dict(state)
+        self._exhausted, self.rows_drawn = state["exhausted"], state["rows_drawn"]
         self.source.load_state_dict(state["source"])
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("HeadActivationBuffer", "NNsightActivationBuffer"):  # which import this module
+        return getattr(importlib.import_module("dictionary_learning.buffer_variants"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

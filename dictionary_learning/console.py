@@ -39,8 +39,8 @@ def print_plan(config: RunConfig, plan: Plan) -> None:
 def print_stream_facts(run: TrainingRun, buffer: Any) -> None:
     """How the stream went: the buffer's mixing, the rows that the norm filter dropped, passes over the corpus."""
     mixing = buffer.mixing()
-    texts = buffer.source.contexts.texts
-    facts = [f"{run.tokens:,} activations, {texts.epoch + 1} pass(es) over the corpus begun"]
+    epoch = buffer.source.contexts.state_dict()["texts"]["epoch"]  # of what was trained on, not of what was read ahead
+    facts = [f"{run.tokens:,} activations, {epoch + 1} pass(es) over the corpus begun"]
     if mixing:
         each, alone = mixing["rows_per_context"], mixing["rows_alone"]
         facts.append(f"{each:.2f} rows a context in the last batch, {alone:.0%} of them alone")

@@ -8,7 +8,7 @@ each document is one context, cut at `ctx_len` and padded on the right, which ch
 a causal model.
 
 The packer is an iterator with `state_dict()`: the position of the text stream plus the tokens read but not yet handed
-out, so that a resumed stream continues in the middle of a document.
+out, so that a resumed stream continues in the middle of a document. `ReadAhead` runs it in a thread.
 """
 
 from __future__ import annotations

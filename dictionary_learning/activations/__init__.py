@@ -3,8 +3,9 @@
 `types.py` says what passes on to the buffer, `hook_points.py` how places in a model are named and found, `loading.py`
 finds a model, `traced_lm.py` runs it (through nnsight) and stops after the last hook point, `language_model.py` makes a
 stream of it, `extract.py` looks at one text, `writer.py` saves a stream as shards (`sae-factory harvest`), `saved.py`
-makes a stream of those again. The public names are imported on first use: nnsight and transformers cost
-seconds.
+makes a stream of those again. `sentence_model.py` and `sentence_encoder.py` do the same for sentence encoders, and
+`module.py` makes a stream of any torch module, read by the hooks of `hooks.py`. The public names are imported on first
+use: nnsight and transformers cost seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from dictionary_learning.activations.hook_points import HookPoint, hook_points_for, parse_hook_point
     from dictionary_learning.activations.language_model import LanguageModelActivations
     from dictionary_learning.activations.loader import ActivationLoader
+    from dictionary_learning.activations.module import ModuleActivations
     from dictionary_learning.activations.saved import SavedActivations, TensorStream
+    from dictionary_learning.activations.sentence_encoder import SentenceActivations, SentenceEncoder
     from dictionary_learning.activations.statistics import RunningMoments, ZScore, load_zscores, save_zscores
     from dictionary_learning.activations.traced_lm import TracedLM
 
@@ -29,6 +32,9 @@ _LAZY = {
     "TracedLM": "traced_lm",
     "LanguageModelActivations": "language_model",
     "ActivationLoader": "loader",
+    "ModuleActivations": "module",
+    "SentenceActivations": "sentence_encoder",
+    "SentenceEncoder": "sentence_encoder",
     "SavedActivations": "saved",
     "TensorStream": "saved",
     "RunningMoments": "statistics",
@@ -43,9 +49,12 @@ __all__ = [
     "ActivationSource",
     "HookPoint",
     "LanguageModelActivations",
+    "ModuleActivations",
     "Provenance",
     "RunningMoments",
     "SavedActivations",
+    "SentenceActivations",
+    "SentenceEncoder",
     "TensorStream",
     "TracedLM",
     "ZScore",

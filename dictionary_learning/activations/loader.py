@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dictionary_learning.activations.types import ActivationSource
 from dictionary_learning.errors import UserError
+from dictionary_learning.streams import to_device
 
 
 class ActivationLoader:
@@ -78,10 +79,7 @@ class ActivationLoader:
         return True
 
     def _moved(self, parts: list[Tensor]) -> Tensor:
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if self.device.type == "cuda" and rows.device.type == "cpu":
-            rows = rows.pin_memory()  # torch keeps the pinned memory until the copy has ended
-        return rows.to(self.device, non_blocking=True)
+        return to_device(parts[0] if len(parts) == 1 else torch.cat(parts), self.device)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from dictionary_learning.devices import resolve_device
 from dictionary_learning.errors import UserError, did_you_mean
 
 HUB_TIMEOUT_S = 10.0
@@ -42,26 +43,6 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if name not in DTYPES:
         raise UserError(f"Unknown dtype '{dtype}'; known are {', '.join(DTYPES)}.{did_you_mean(name, DTYPES)}")
     return DTYPES[name]
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Device name -> torch.device, refused when this machine does not have it.
-
-    Raises:
-        UserError: not the name of a device, or absent here.
-    """
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"'{device}' is not a device; use 'cpu', 'cuda', 'cuda:1' or 'mps'.") from None
-    if found.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (found.index or 0) >= count:
-            have = f"'cuda:0' to 'cuda:{count - 1}' or 'cpu'" if count else "'cpu'"
-            raise UserError(f"Device '{device}' is not available on this machine; use {have}.")
-    if found.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("Device 'mps' is not available here; use 'cpu'.")
-    return found
 
 
 def load(

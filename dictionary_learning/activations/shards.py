@@ -19,7 +19,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ FORMAT, VERSION = "sae-factory activations", 1
 COMPLETE, HARVESTING = "complete", "harvesting"
 TOKENS = "tokens"  # folder of the provenance: out of the way of programs that read every shard beside the manifest
 COLUMNS = tuple(field.removesuffix("_N") for field in Provenance._fields)  # of the files in it
+SUFFIXES = (".safetensors", ".pt", ".npy", ".npz")
 _SHARD_NAME = re.compile(r"shard-\d{5,9}\.safetensors")
 _HUB = re.compile(r"hf://(?:datasets/)?(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?/?")
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -117,8 +120,8 @@ def _files(path: Path) -> list[Path]:
     if not path.exists():
         beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"The saved activations '{path}' do not exist.{did_you_mean(path.name, beside)}")
-    if path.suffix not in (".safetensors", ".pt"):
-        raise UserError(f"The saved activations '{path}' are neither .safetensors nor .pt nor a folder of shards.")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"The saved activations '{path}' are none of {', '.join(SUFFIXES)}, nor a folder of shards.")
     return [path]
 
 
@@ -127,11 +130,16 @@ def read_tensors(file: Path) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
+        if file.suffix == ".npy":  # a private mapping: what is written to it never reaches the file
+            return {"activations": torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))}
+        if file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(array) for name, array in arrays.items()}
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
                 return {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
         loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, TypeError, BadZipFile) as error:
         raise UserError(f"The saved activations '{file}' are not readable: {str(error).splitlines()[0]}") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"The saved activations '{file}' hold something else than tensors.") from error

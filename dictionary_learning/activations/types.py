@@ -6,7 +6,7 @@ buffer knows only this file, so a new kind of source changes nothing downstream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -38,12 +38,25 @@ class ActivationBatch(NamedTuple):
     provenance: Provenance | None = None
 
 
+class Launched(NamedTuple):
+    """A batch whose forward was given to the device and may still be running.
+
+    All its N rows are there; those of `keep_N` (bool, on the device; None: all) count, which the host learns from
+    `kept()`: a bool tensor [N] on the CPU, or None. That waits until the forward is done.
+    """
+
+    batch: ActivationBatch
+    keep_N: Tensor | None = None
+    kept: Callable[[], Tensor | None] = lambda: None
+
+
 @runtime_checkable
 class ActivationSource(Protocol):
     """A stream of activation batches that can be put down and taken up again.
 
     `widths` maps each hook point to its width d, `max_rows` bounds the rows of one batch, and
-    `load_state_dict(state_dict())` makes the stream go on with the batch that would have come next.
+    `load_state_dict(state_dict())` makes the stream go on with the batch that would have come next. A source that picks
+    rows on the device may besides have `launch() -> Launched`, in the place of `next()`, to pick them without waiting.
     """
 
     widths: dict[str, int]

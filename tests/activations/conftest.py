@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dictionary_learning.activations.traced_lm import TracedLM
+from dictionary_learning.kernels.matmul import fast_matmul
 from dictionary_learning.packing import TokenBatch
 
 VOCAB = 320
@@ -45,6 +46,13 @@ def build(family: str, seed: int = 0) -> nn.Module:
             if p.ndim > 1:
                 p.mul_(4)
     return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def products_as_in_the_harvest() -> Iterator[None]:
+    """What a test computes with the model itself comes from the same library as what it is compared with."""
+    with fast_matmul():
+        yield
 
 
 @pytest.fixture(autouse=True)
