@@ -7,7 +7,7 @@ the threshold, and looks at pre-activations: seen through the codes, its lower h
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -15,49 +15,56 @@ from torch.autograd.function import once_differentiable
 
 from dictionary_learning.dictionary import Dictionary, JumpReluAutoEncoder
 from dictionary_learning.errors import UserError
-from dictionary_learning.trainers.trainer import LossOutput, SAETrainer
+from dictionary_learning.kernels.products import scratch, where_positive
+from dictionary_learning.kernels.select import places
+from dictionary_learning.trainers.functions import row_squares
+from dictionary_learning.trainers.sparse_switch import SparseSwitch
+from dictionary_learning.trainers.trainer import LossOutput, SAETrainer, Shared
 
 SMALLEST_THRESHOLD = 1e-6  # relative to the norm of the activations; a threshold must stay positive
 
 
-class JumpReLU(torch.autograd.Function):
-    """f = z where z > threshold, else 0. Gradient to the threshold: -threshold / bandwidth inside the window."""
+class JumpReLUFunction(torch.autograd.Function):
+    """(f, L0) with f = z where z > threshold and 0 elsewhere, and L0 the number of active entries (a scalar).
+
+    Gradients to the threshold: of f -threshold / bandwidth inside the window, of L0 -1 / bandwidth. Takes all codes or
+    any entries of them: `threshold` is broadcast against z.
+    """
 
     @staticmethod
-    def forward(ctx: Any, pre_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre_BF, threshold_F)
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+        # As numbers, into memory for all steps: a dense step's passes over [B, F] are what it costs beside its products
+        active = torch.gt(x, threshold, out=scratch("positive", x.shape, x.dtype, x.device))
+        acts = torch.mul(x, active, out=scratch("codes", x.shape, x.dtype, x.device))
+        ctx.save_for_backward(x, threshold, acts)
         ctx.bandwidth = bandwidth
-        return pre_BF * (pre_BF > threshold_F)
+        return acts, active.sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Tensor | None, ...]:
-        pre_BF, threshold_F = ctx.saved_tensors
-        d_pre = grad_BF * (pre_BF > threshold_F)
-        d_threshold = -(threshold_F / ctx.bandwidth) * (grad_BF * in_window(pre_BF, threshold_F, ctx.bandwidth)).sum(0)
-        return d_pre, d_threshold, None
+    def backward(ctx: Any, grad: Tensor, grad_l0: Tensor) -> tuple[Tensor | None, ...]:
+        x, threshold, acts = ctx.saved_tensors
+        window = in_window(x, threshold, ctx.bandwidth)
+        through = (
+            window * (grad * threshold + grad_l0) if x.ndim == 1 else _window_sum(window, grad, threshold, grad_l0)
+        )
+        return where_positive(grad, acts), -through / ctx.bandwidth, None
 
 
-class Step(torch.autograd.Function):
-    """1 where z > threshold, else 0. Gradient to the threshold: -1 / bandwidth inside the window; none to z."""
-
-    @staticmethod
-    def forward(ctx: Any, pre_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre_BF, threshold_F)
-        ctx.bandwidth = bandwidth
-        return (pre_BF > threshold_F).to(pre_BF.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BF: Tensor) -> tuple[Tensor | None, ...]:
-        pre_BF, threshold_F = ctx.saved_tensors
-        d_threshold = -(grad_BF * in_window(pre_BF, threshold_F, ctx.bandwidth)).sum(0) / ctx.bandwidth
-        return None, d_threshold, None
-
-
-def in_window(pre_BF: Tensor, threshold_F: Tensor, bandwidth: float) -> Tensor:
+def in_window(x: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """Where the rectangle kernel of the straight-through estimator is 1: |z - threshold| < bandwidth / 2."""
-    return (pre_BF - threshold_F).abs() < bandwidth / 2
+    distance = torch.sub(x, threshold, out=scratch("distance", x.shape, x.dtype, x.device)).abs_()
+    return distance < bandwidth / 2
+
+
+def _window_sum(window_BF: Tensor, grad_BF: Tensor, threshold_F: Tensor, grad_l0: Tensor) -> Tensor:
+    """[F] sum over the batch of the window's (grad * threshold + grad_l0); on CPU of its few entries only."""
+    if window_BF.device.type != "cpu":
+        return threshold_F * (grad_BF * window_BF).sum(0) + grad_l0 * window_BF.sum(0)
+    flat_N, _ = places(window_BF, None)
+    latents_N = flat_N % len(threshold_F)
+    through_N = grad_BF.reshape(-1)[flat_N] * threshold_F[latents_N] + grad_l0
+    return torch.zeros_like(threshold_F).index_add_(0, latents_N, through_N)
 
 
 class JumpReluTrainer(SAETrainer, architecture="jump_relu"):
@@ -94,6 +101,7 @@ class JumpReluTrainer(SAETrainer, architecture="jump_relu"):
         device: torch.device | str | None = None,
         wandb_name: str | None = "JumpRelu",
         submodule_name: str | None = None,
+        **shared: Unpack[Shared],
     ) -> None:
         if not 0 < bandwidth < float("inf"):
             raise UserError(f"bandwidth must be positive, got {bandwidth!r}.")
@@ -115,32 +123,34 @@ class JumpReluTrainer(SAETrainer, architecture="jump_relu"):
             sparsity_warmup_steps=min(2000, steps // 10) if sparsity_warmup_steps is None else sparsity_warmup_steps,
             wandb_name=wandb_name,
             submodule_name=submodule_name,
+            **shared,
         )
+        self.switch = SparseSwitch(self.device.type)
         if target_l0 is not None and not 0 < target_l0 <= dict_size:
             raise UserError(f"target_l0 must be positive and at most the width {dict_size}, got {target_l0!r}.")
 
     @torch.no_grad()
-    def initialize(self, x_BD: Tensor) -> None:
-        super().initialize(x_BD)
+    def initialize(self, x_BD: Tensor, y_BD: Tensor) -> None:
+        super().initialize(x_BD, y_BD)
         self.ae.threshold.mul_(self.input_scale)
-        # Without a pre-bias the encoder starts where one would put it: at the deviation from the median.
-        self.ae.b_enc.copy_(-(self.ae.encoder_rows @ self.ae.b_dec))
 
-    def compute_loss(self, x_BD: Tensor, step: int) -> LossOutput:
+    def compute_loss(self, x_BD: Tensor, y_BD: Tensor, step: int) -> LossOutput:
         bandwidth = self.bandwidth * self.input_scale
-        pre_BF = self.ae.preactivations(x_BD)
-        acts_BF = JumpReLU.apply(pre_BF, self.ae.threshold, bandwidth)
-        x_hat_BD = self.ae.decode(acts_BF)
-        l2 = (x_BD - x_hat_BD).pow(2).sum(-1).mean()
-        l0 = Step.apply(pre_BF, self.ae.threshold, bandwidth).sum(-1).mean()
+        threshold_F = self.ae.threshold
+        codes = self.switch.codes(self.preactivations(x_BD), threshold_F.detach() - bandwidth / 2)
+        acts, active = JumpReLUFunction.apply(codes.pre, codes.per_latent(threshold_F), bandwidth)
+        l0 = active / len(x_BD)
+        x_hat_BD = self.reconstruction(codes.decode(acts, self.ae.decoder_rows)[0], x_BD)
+        l2 = row_squares(y_BD, x_hat_BD).mean()
         sparsity = l0 if self.target_l0 is None else (l0 / self.target_l0 - 1).pow(2)
         weight = self.sparsity_penalty * self.input_scale**2 * self._sparsity_scale(step)
-        fired_F = (acts_BF.detach() > 0).any(0)
-        return LossOutput(l2 + weight * sparsity, x_hat_BD, fired_F, l0, {"l2_loss": l2, "sparsity_loss": sparsity})
+        terms = {"l2_loss": l2, "sparsity_loss": sparsity}
+        return LossOutput(l2 + weight * sparsity, x_hat_BD, codes.firings(acts.detach()), terms)
 
     @torch.no_grad()
-    def after_update(self, x_BD: Tensor, step: int, out: LossOutput) -> None:
+    def after_update(self, x_BD: Tensor, y_BD: Tensor, step: int, out: LossOutput) -> None:
         self.ae.threshold.clamp_min_(SMALLEST_THRESHOLD * self.input_scale)
+        self.switch.after_update(step, out.l0 / self.ae.dict_size)
 
     def logged_tensors(self) -> dict[str, Tensor]:
         return {"mean_threshold": self.ae.threshold.mean()}
@@ -152,3 +162,10 @@ class JumpReluTrainer(SAETrainer, architecture="jump_relu"):
             "sparsity_penalty": self.sparsity_penalty,
             "target_l0": self.target_l0,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"switch": self.switch.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.switch.load_state_dict(state["switch"])

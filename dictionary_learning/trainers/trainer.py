@@ -12,24 +12,50 @@ thresholds) learns in those units, so that the same settings fit a layer with no
 
 from __future__ import annotations
 
-import contextlib
-import copy
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
 from dictionary_learning.dictionary import Dictionary
 from dictionary_learning.errors import UserError, did_you_mean
+from dictionary_learning.kernels import kernels_for
+from dictionary_learning.kernels.codes import Encoder, EncoderDtype, Preactivations
+from dictionary_learning.kernels.matmul import fast_matmul
+from dictionary_learning.profiling import span
+from dictionary_learning.trainers.functions import geometric_median, seeded
+from dictionary_learning.trainers.optimizer import (
+    ConstrainedAdam,
+    DictionaryOptimizer,
+    remove_gradient_parallel_to_decoder_directions,
+    set_decoder_norm_to_unit_norm,
+)
 from dictionary_learning.trainers.schedules import (
     DECAY_FRACTION,
     WARMUP_FRACTION,
+    Plateau,
+    Scheduler,
     automatic_learning_rate,
     get_lr_schedule,
+    get_scheduler,
     get_sparsity_warmup_fn,
 )
+
+__all__ = [
+    "TRAINERS",
+    "ConstrainedAdam",
+    "LossLog",
+    "LossOutput",
+    "SAETrainer",
+    "geometric_median",
+    "get_lr_schedule",
+    "get_sparsity_warmup_fn",
+    "remove_gradient_parallel_to_decoder_directions",
+    "set_decoder_norm_to_unit_norm",
+    "trainer_class",
+]
 
 GRADIENT_CLIP = 1.0
 
@@ -37,17 +63,37 @@ TRAINERS: dict[str, type[SAETrainer]] = {}  # architecture name -> trainer class
 
 
 class LossOutput(NamedTuple):
-    """What a loss computed: scalars on the device, the reconstruction [B, D], and which latents fired [F] (bool)."""
+    """What a loss computed: scalars on the device, the reconstruction [B, D_out], and in how many rows each latent
+    fired [F]."""
 
     loss: Tensor
     x_hat_BD: Tensor
-    fired_F: Tensor
-    l0: Tensor
+    firings_F: Tensor
     terms: dict[str, Tensor]
+
+    @property
+    def l0(self) -> Tensor:
+        """Mean number of active latents an input."""
+        return self.firings_F.sum() / len(self.x_hat_BD)
+
+    @property
+    def fired_F(self) -> Tensor:
+        """[F] whether a latent fired (bool)."""
+        return self.firings_F > 0
 
     def detach(self) -> LossOutput:
         terms = {name: term.detach() for name, term in self.terms.items()}
-        return LossOutput(self.loss.detach(), self.x_hat_BD.detach(), self.fired_F, self.l0.detach(), terms)
+        return LossOutput(self.loss.detach(), self.x_hat_BD.detach(), self.firings_F, terms)
+
+
+class Shared(TypedDict, total=False):
+    """Settings that every trainer passes on to `SAETrainer`, which explains them."""
+
+    encoder_dtype: EncoderDtype
+    grad_clip_norm: float | None
+    output_dim: int | None
+    skip: bool
+    scheduler: Scheduler
 
 
 class LossLog(NamedTuple):
@@ -69,17 +115,21 @@ class SAETrainer(ABC):
         steps: length of the run in optimiser steps.
         lr: Adam's peak learning rate; None takes `automatic_learning_rate`.
         warmup_steps: linear warm-up; None takes a twentieth of the run, at most 1,000 steps.
-        decay_start: step at which the learning rate begins to fall to 0; None takes the last third of the run.
+        scheduler: how the learning rate goes on after the warm-up: "wsd" (constant, then linearly to 0), "linear",
+            "cosine", "constant" or "plateau" (halved when the held-out loss stops falling), see `schedules`.
+        decay_start: of "wsd", the step at which the rate begins to fall; None takes the last third of the run.
         sparsity_warmup_steps: linear warm-up of the sparsity penalty.
         seed: fixes the initial weights.
         submodule_name: the hook point to train on, when the buffer delivers several.
+        encoder_dtype: precision of the encoder's product in sparse steps, with weights in fp32 all the same.
+        grad_clip_norm: largest norm of all gradients together; None doesn't clip.
+        output_dim: width of a transcoder's output (None: an autoencoder); `skip` gives it a skip connection.
 
     Raises:
         UserError: a size, rate or schedule that can't be.
     """
 
     architecture: ClassVar[str]
-    unit_norm_decoder: ClassVar[bool] = True
     learning_rate_factor: ClassVar[float] = 1.0  # of the automatic rate
 
     def __init_subclass__(cls, architecture: str | None = None, **kwargs: Any) -> None:
@@ -110,7 +160,16 @@ class SAETrainer(ABC):
         device: torch.device | str | None = None,
         wandb_name: str | None = None,
         submodule_name: str | None = None,
+        encoder_dtype: EncoderDtype = "fp32",
+        grad_clip_norm: float | None = GRADIENT_CLIP,
+        output_dim: int | None = None,
+        skip: bool = False,
+        scheduler: Scheduler = "wsd",
     ) -> None:
+        if encoder_dtype not in (known := get_args(EncoderDtype)):
+            raise UserError(f"encoder_dtype must be one of {', '.join(known)}, got {encoder_dtype!r}.")
+        if grad_clip_norm is not None and not 0 < grad_clip_norm < float("inf"):
+            raise UserError(f"grad_clip_norm must be positive, or None for no clipping, got {grad_clip_norm!r}.")
         if not isinstance(steps, int) or steps < 1:
             raise UserError(f"steps must be a positive integer, got {steps!r}.")
         if lr is not None and not 0 < lr < float("inf"):
@@ -120,126 +179,124 @@ class SAETrainer(ABC):
         self.steps, self.layer, self.lm_name, self.seed = steps, layer, lm_name, seed
         self.device = torch.device(device)
         self.wandb_name = wandb_name or type(self).__name__
-        self.submodule_name = submodule_name
-        with _seeded(seed):
-            self.ae = dict_class(activation_dim, dict_size, **(dict_kwargs or {})).to(self.device)
+        self.submodule_name, self.encoder_dtype, self.grad_clip_norm = submodule_name, encoder_dtype, grad_clip_norm
+        options = (dict_kwargs or {}) | ({} if output_dim is None else {"output_dim": output_dim, "skip": skip})
+        with seeded(seed):
+            self.ae = dict_class(activation_dim, dict_size, **options).to(self.device)
 
         rule = self.learning_rate_factor * automatic_learning_rate(dict_size, activation_dim, steps)
         self.lr = rule if lr is None else lr
         self.warmup_steps = min(1000, int(steps * WARMUP_FRACTION)) if warmup_steps is None else warmup_steps
-        default_decay = max(self.warmup_steps, int(steps * (1 - DECAY_FRACTION)))
-        self.decay_start = default_decay if decay_start is None else decay_start
+        self.scheduler, self.decay_start = scheduler, decay_start
+        if scheduler == "wsd" and decay_start is None:
+            self.decay_start = max(self.warmup_steps, int(steps * (1 - DECAY_FRACTION)))
         self.sparsity_warmup_steps = sparsity_warmup_steps
-        self._lr_scale = get_lr_schedule(steps, self.warmup_steps, self.decay_start)
+        self._lr_scale = get_scheduler(scheduler, steps, self.warmup_steps, self.decay_start)
+        self.plateau = Plateau() if scheduler == "plateau" else None
         self._sparsity_scale = get_sparsity_warmup_fn(steps, sparsity_warmup_steps)
 
-        # The optimiser holds weights by their contiguous rows, also where the parameter is the transpose: fused Adam
-        # copies other layouts, and silently mixes up elements once a file gives its moments back in another layout.
-        self._leaves = self._parameters_by_rows()
-        rows_FD = self.ae.decoder_rows
-        decoder = [leaf for leaf in self._leaves.values() if leaf.data_ptr() == rows_FD.data_ptr()]
-        if len(decoder) != 1 or not rows_FD.is_contiguous():
-            raise TypeError(f"{type(self.ae).__name__}.decoder_rows is not a contiguous view of a parameter")
-        self._decoder_leaf_FD = decoder[0]
-        units = set(self.ae.scaled_with_data)
-        groups = [
-            {
-                "params": [leaf for name, leaf in self._leaves.items() if (name in units) == in_units],
-                "in_units": in_units,
-            }
-            for in_units in (False, True)
-        ]
-        self.optimizer = torch.optim.Adam(groups, lr=self.lr, fused=self.device.type in ("cpu", "cuda"))
+        self._optimizer = DictionaryOptimizer(self.ae, self.lr)
         self.input_scale = 1.0  # root mean squared norm of the first batch, in the data's units
         self.tokens_since_fired_F = torch.zeros(dict_size, dtype=torch.long, device=self.device)
         self.last: LossOutput | None = None
 
-    @abstractmethod
-    def compute_loss(self, x_BD: Tensor, step: int) -> LossOutput:
-        """The loss of a batch at a step. Reads the trainer, changes nothing."""
+    @classmethod
+    def argument_names(cls) -> set[str]:
+        """What the constructor takes, with what it passes on to those of its bases."""
+        signatures = [inspect.signature(base.__init__) for base in cls.__mro__ if issubclass(base, SAETrainer)]
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return {p.name for s in signatures for p in s.parameters.values() if p.kind in kinds} - {"self", "dict_kwargs"}
 
-    def update(self, step: int, activations: Tensor) -> Tensor:
-        """One optimiser step on a batch [B, D]; the loss as a tensor on the device (nothing waits for it)."""
-        x_BD = activations.to(self.device, torch.float32)
+    @abstractmethod
+    def compute_loss(self, x_BD: Tensor, y_BD: Tensor, step: int) -> LossOutput:
+        """The loss of a batch at a step: of reconstructing y (of an autoencoder x itself) from x. Reads the trainer,
+        changes nothing."""
+
+    def preactivations(self, x_BD: Tensor) -> Preactivations:
+        """The encoder's product of a batch, from which an architecture takes its codes."""
+        encoder = Encoder(self.ae.encoder_rows, self.ae.encoder_bias, self.ae.pre_bias)
+        return Preactivations(x_BD, encoder, kernels_for(x_BD.device), self.encoder_dtype)
+
+    def update(self, step: int, activations: Tensor, target: Tensor | None = None) -> Tensor:
+        """One optimiser step on a batch [B, D]; the loss as a tensor on the device (nothing waits for it).
+
+        Args:
+            target: [B, D_out] what a transcoder is to predict from the activations.
+        """
+        with fast_matmul():
+            return self._update(step, activations, target)
+
+    def _update(self, step: int, activations: Tensor, target: Tensor | None) -> Tensor:
+        x_BD, y_BD = self._batch(activations, target)
         if step == 0:
-            self.initialize(x_BD)
-        out = self.compute_loss(x_BD, step)
-        self.ae.zero_grad(set_to_none=True)
-        self.optimizer.zero_grad(set_to_none=True)  # its leaves hold the same gradients
-        (out.loss / self.input_scale**2).backward()
-        self._collect_gradients()
-        if self.unit_norm_decoder:
-            self._remove_parallel_gradient()
-        torch.nn.utils.clip_grad_norm_(self._leaves.values(), GRADIENT_CLIP)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * self._lr_scale(step) * (self.input_scale if group["in_units"] else 1.0)
-        self.optimizer.step()
-        if self.unit_norm_decoder:
-            self._normalize_decoder()
+            self.initialize(x_BD, y_BD)
+        with span("loss"):
+            out = self.compute_loss(x_BD, y_BD, step)
+        self._optimizer.zero_grad()
+        with span("backward"):
+            (out.loss / self.input_scale**2).backward()
+        lr = self.lr * self._lr_scale(step) * (1.0 if self.plateau is None else self.plateau.factor)
+        with span("optimiser"):
+            self._optimizer.step(lr, self.input_scale, self.grad_clip_norm)
         self.last = out.detach()
         self.tokens_since_fired_F += len(x_BD)
         self.tokens_since_fired_F.masked_fill_(out.fired_F, 0)
-        self.after_update(x_BD, step, self.last)
+        self.after_update(x_BD, y_BD, step, self.last)
         return self.last.loss
 
-    @torch.no_grad()
-    def initialize(self, x_BD: Tensor) -> None:
-        """Before the first step: the scale of the data, and the decoder bias at the batch's geometric median."""
-        self.input_scale = float(x_BD.pow(2).sum(-1).mean().sqrt()) or 1.0
-        self.ae.decoder_bias.copy_(geometric_median(x_BD))
+    def _batch(self, activations: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        x_BD = activations.to(self.device, torch.float32)
+        if (target is None) == self.ae.is_transcoder:
+            kind = "needs the output that belongs to its input" if self.ae.is_transcoder else "has no target"
+            raise UserError(
+                f"{self.wandb_name}: {'a transcoder' if self.ae.is_transcoder else 'an autoencoder'} {kind}."
+            )
+        return x_BD, x_BD if target is None else target.to(self.device, torch.float32)
 
-    def after_update(self, x_BD: Tensor, step: int, out: LossOutput) -> None:  # noqa: B027 (most have nothing to do)
+    @torch.no_grad()
+    def initialize(self, x_BD: Tensor, y_BD: Tensor) -> None:
+        """Before the first step: the scale of the data, and the decoder bias at the batch's geometric median. Without a
+        pre-bias the encoder starts where one would put it: at the deviation from the input's median."""
+        self.input_scale = float(y_BD.pow(2).sum(-1).mean().sqrt()) or 1.0
+        self.ae.decoder_bias.copy_(geometric_median(y_BD))
+        if self.ae.is_transcoder:  # codes are in units of the output
+            self.ae.encoder_rows.mul_(self.input_scale / (float(x_BD.pow(2).sum(-1).mean().sqrt()) or 1.0))
+        if self.ae.pre_bias is None:
+            self.ae.encoder_bias.sub_(self.ae.encoder_rows @ geometric_median(x_BD))
+
+    def after_update(self, x_BD: Tensor, y_BD: Tensor, step: int, out: LossOutput) -> None:  # noqa: B027
         """Called behind every optimiser step, for what an architecture tracks or projects."""
 
-    def _parameters_by_rows(self) -> dict[str, Tensor]:
-        """Name -> the parameter's memory, the encoder's and the decoder's as [F, D]."""
-        rows = {rows_FD.data_ptr(): rows_FD for rows_FD in (self.ae.encoder_rows, self.ae.decoder_rows)}
-        return {name: rows.get(p.data_ptr(), p).detach() for name, p in self.ae.named_parameters()}
+    def reconstruction(self, decoded_BD: Tensor, x_BD: Tensor) -> Tensor:
+        """[B, D_out] from the decoded codes: with the decoder bias, and a transcoder's skip connection."""
+        x_hat_BD = decoded_BD + self.ae.decoder_bias
+        return x_hat_BD if self.ae.W_skip is None else x_hat_BD + torch.nn.functional.linear(x_BD, self.ae.W_skip)
 
-    @torch.no_grad()
-    def _collect_gradients(self) -> None:
-        """Hand the parameters and their gradients to the optimiser; what is in the data's units gets its gradient per
-        `input_scale`, so that clipping and Adam see the same numbers whatever the units."""
-        memory = self._parameters_by_rows()  # anew, since the dictionary may have been moved
-        for name, parameter in self.ae.named_parameters():
-            leaf, grad = self._leaves[name], parameter.grad
-            leaf.data = memory[name]
-            if grad is not None:
-                as_it_is = (leaf.shape, leaf.stride()) == (parameter.shape, parameter.stride())
-                grad = grad if as_it_is else grad.t()
-                if name in self.ae.scaled_with_data:
-                    grad.mul_(self.input_scale)
-            leaf.grad = grad
+    @property
+    def optimizer(self) -> torch.optim.Adam:
+        """Adam, over the weights by their rows."""
+        return self._optimizer.adam
 
-    def _remove_parallel_gradient(self) -> None:
-        """Drop the part of the decoder gradient along the decoder rows, which the normalisation would undo."""
-        rows_FD, grad_FD = self._decoder_leaf_FD, self._decoder_leaf_FD.grad
-        assert grad_FD is not None
-        grad_FD.addcmul_((grad_FD * rows_FD).sum(dim=1, keepdim=True), rows_FD, value=-1.0)
-
-    def _normalize_decoder(self) -> None:
-        """Scale every decoder row to unit norm."""
-        rows_FD = self._decoder_leaf_FD
-        rows_FD.div_(rows_FD.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(rows_FD.dtype).tiny))
-
-    def loss(self, x: Tensor, step: int | None = None, logging: bool = False) -> Tensor | LossLog:
+    def loss(
+        self, x: Tensor, step: int | None = None, logging: bool = False, target: Tensor | None = None
+    ) -> Tensor | LossLog:
         """The loss of a batch [B, D] as a scalar, or with `logging` its parts in the field's layout."""
-        x_BD = x.to(self.device, torch.float32)
-        out = self.compute_loss(x_BD, self.steps if step is None else step)
+        x_BD, y_BD = self._batch(x, target)
+        out = self.compute_loss(x_BD, y_BD, self.steps if step is None else step)
         if not logging:
             return out.loss
         losses = {"loss": out.loss.item()} | {name: term.item() for name, term in out.terms.items()}
         return LossLog(x_BD, out.x_hat_BD, self.ae.encode(x_BD), losses)
 
     @torch.no_grad()
-    def metrics(self, x_BD: Tensor) -> dict[str, float]:
-        """Metrics of the last update, whose batch was `x_BD`; reads the device once. `nz_frac` is the fraction of
+    def metrics(self, x: Tensor, target: Tensor | None = None) -> dict[str, float]:
+        """Metrics of the last update, whose batch is given; reads the device once. `nz_frac` is the fraction of
         latents that fired in the batch."""
         if self.last is None:
             raise RuntimeError("metrics() before the first update()")
         out = self.last
-        x_BD = x_BD.to(self.device, torch.float32)
-        unexplained = (x_BD - out.x_hat_BD).var(dim=0).sum() / x_BD.var(dim=0).sum()
+        y_BD = self._batch(x, target)[1]
+        unexplained = (y_BD - out.x_hat_BD).var(dim=0).sum() / y_BD.var(dim=0).sum()
         values = {
             "loss": out.loss,
             "l0": out.l0,
@@ -268,6 +325,7 @@ class SAETrainer(ABC):
             "lr": self.lr,
             "warmup_steps": self.warmup_steps,
             "decay_start": self.decay_start,
+            "scheduler": self.scheduler,
             "sparsity_warmup_steps": self.sparsity_warmup_steps,
             "seed": self.seed,
             "device": str(self.device),
@@ -275,7 +333,9 @@ class SAETrainer(ABC):
             "lm_name": self.lm_name,
             "wandb_name": self.wandb_name,
             "submodule_name": self.submodule_name,
-        }
+            "encoder_dtype": self.encoder_dtype,
+            "grad_clip_norm": self.grad_clip_norm,
+        } | ({"output_dim": self.ae.output_dim, "skip": self.ae.W_skip is not None} if self.ae.is_transcoder else {})
 
     def get_logging_parameters(self) -> dict[str, Any]:
         """Further scalars for the log, read from the device (the field's name for `logged_tensors`)."""
@@ -285,16 +345,19 @@ class SAETrainer(ABC):
         """Everything that the next `update` depends on: the live tensors, so save or copy it before that."""
         return {
             "ae": self.ae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
             "tokens_since_fired": self.tokens_since_fired_F,
             "input_scale": self.input_scale,
+            "plateau": None if self.plateau is None else self.plateau.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.ae.load_state_dict(state["ae"])
-        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the given tensors
+        self._optimizer.load_state_dict(state["optimizer"])
         self.tokens_since_fired_F.copy_(state["tokens_since_fired"])
         self.input_scale = float(state["input_scale"])
+        if self.plateau is not None:
+            self.plateau.load_state_dict(state["plateau"])
 
 
 def trainer_class(architecture: str) -> type[SAETrainer]:
@@ -311,25 +374,3 @@ def trainer_class(architecture: str) -> type[SAETrainer]:
             f"{did_you_mean(architecture, TRAINERS)}"
         )
     return TRAINERS[architecture]
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Seed torch's default generator inside the block and give it back as it was. None leaves it alone."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-def geometric_median(points_BD: Tensor, max_iter: int = 100, tol: float = 1e-5) -> Tensor:
-    """[D] point of least summed distance to `points_BD`, by Weiszfeld's iteration; `tol` is relative."""
-    guess_D = points_BD.mean(dim=0)
-    for _ in range(max_iter):
-        weights_B = 1 / (points_BD - guess_D).norm(dim=1).clamp_min(1e-8)
-        previous_D, guess_D = guess_D, weights_B @ points_BD / weights_B.sum()
-        if (guess_D - previous_D).norm() < tol * guess_D.norm():
-            break
-    return guess_D

@@ -6,20 +6,35 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_cases import ARCHITECTURES, B, D, F, batches, make, synthetic, train
+from trainer_cases import (
+    ARCHITECTURES,
+    SWITCHING,
+    B,
+    D,
+    F,
+    batches,
+    explained,
+    forced,
+    make,
+    synthetic,
+    train,
+)
 
 from dictionary_learning.trainers import JumpReluTrainer
 
 every = pytest.mark.parametrize("architecture", ARCHITECTURES)
 GENTLE: dict[str, dict[str, Any]] = {
     "standard": {"l1_penalty": 1e-3},
+    "standard_april_update": {"l1_penalty": 1e-3},
     "top_k": {"k": 8},
+    "group_max": {"k": 8},
+    "batch_top_k": {"k": 8},
+    "matryoshka_batch_top_k": {"k": 8, "group_weights": [0.1, 0.1, 0.8]},
     "jump_relu": {"target_l0": None, "sparsity_penalty": 1e-4, "bandwidth": 0.05},
+    "gated": {"l1_penalty": 1e-3},
+    "p_anneal": {"initial_sparsity_penalty": 1e-3, "anneal_start": 200},
+    "gated_anneal": {"initial_sparsity_penalty": 1e-3, "anneal_start": 200},
 }
-
-
-def explained(trainer: Any, x: torch.Tensor) -> float:
-    return 1 - ((x - trainer.ae(x)).var(0).sum() / x.var(0).sum()).item()
 
 
 @every
@@ -27,7 +42,43 @@ def test_a_dictionary_overfits_256_rows(architecture: str) -> None:
     x = batches(1, rows=256, width=16)[0]
     trainer = make(architecture, activation_dim=16, dict_size=64, steps=400, **GENTLE[architecture])
     train(trainer, [x] * 400)
-    assert explained(trainer, x) > 0.98
+    assert explained(trainer, x) > (0.93 if architecture == "group_max" else 0.98)  # one of each eight
+
+
+@pytest.mark.parametrize(
+    ("architecture", "skip"),
+    [(name, False) for name in ARCHITECTURES] + [(name, True) for name in ("standard", "top_k", "jump_relu", "gated")],
+)
+def test_a_transcoder_learns_what_a_module_does(architecture: str, skip: bool) -> None:
+    """The output of a linear map and its ReLU, of another width and in other units."""
+    data = batches(400, rows=128)
+    g = torch.Generator().manual_seed(3)
+    M = 5 * torch.randn(D, 5, generator=g)
+    ys = [x @ M + 3 * torch.relu(x @ M) + 2 for x in data]
+    gentle = GENTLE[architecture] | ({"l1_penalty": 1e-2} if "l1_penalty" in GENTLE[architecture] else {})
+    trainer = make(architecture, output_dim=5, skip=skip, dict_size=40, steps=400, **gentle)
+    train(trainer, data, target=ys)
+    x = torch.cat(batches(4, rows=128, seed=9))
+    assert explained(trainer, x, x @ M + 3 * torch.relu(x @ M) + 2) > (0.9 if skip else 0.8)
+    assert trainer.ae(x).shape == (len(x), 5) and (trainer.ae.W_skip is not None) == skip
+    if skip:
+        assert trainer.ae.W_skip is not None and trainer.ae.W_skip.norm() > 1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_bf16_encoder_explains_as_much(architecture: str) -> None:
+    data, _ = synthetic(300)
+    settings: dict[str, Any] = {"activation_dim": 24, "dict_size": 80, "steps": 300}
+    x = torch.cat(synthetic(8, seed=6)[0])
+    found = []
+    for dtype in ("fp32", "bf16"):
+        trainer = make(architecture, encoder_dtype=dtype, **settings)
+        if architecture in SWITCHING:
+            forced(trainer, True)
+        train(trainer, data)
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trainer.ae.parameters())
+        found.append(explained(trainer, x))
+    assert found[1] == pytest.approx(found[0], abs=0.002) and found[0] > 0.5
 
 
 @pytest.mark.parametrize("target_l0", [3.0, 8.0])
@@ -72,16 +123,16 @@ def test_a_larger_l1_penalty_gives_a_sparser_dictionary() -> None:
 def test_metrics_are_those_of_the_last_update(architecture: str) -> None:
     trainer = train(make(architecture), batches(5))
     x = batches(6)[5]
-    f, x_hat = trainer.ae.encode(x), trainer.ae(x)  # before the update, which the loss is computed before
-    loss = trainer.compute_loss(x, 5).loss.item()
+    before = trainer.compute_loss(x, x, 5)  # the update moves the weights after its loss
     trainer.update(5, x)
     metrics = trainer.metrics(x)
-    assert metrics["loss"] == pytest.approx(loss)
-    assert metrics["l0"] == pytest.approx((f > 0).sum(1).float().mean().item())
-    assert metrics["nz_frac"] == pytest.approx((f > 0).any(0).float().mean().item())
-    expected = 1 - ((x - x_hat).var(0).sum() / x.var(0).sum()).item()
+    assert metrics["loss"] == pytest.approx(before.loss.item(), rel=1e-5)
+    assert metrics["l0"] == pytest.approx(before.l0.item())
+    assert metrics["nz_frac"] == pytest.approx(before.fired_F.float().mean().item())
+    expected = 1 - ((x - before.x_hat_BD).var(0).sum() / x.var(0).sum()).item()
     assert metrics["frac_variance_explained"] == pytest.approx(expected, abs=1e-5)
-    assert metrics["l2_loss"] == pytest.approx((x - x_hat).pow(2).sum(1).mean().item(), rel=1e-5)
+    for name, term in before.terms.items():
+        assert metrics[name] == pytest.approx(term.item(), rel=1e-4), name
     assert all(isinstance(value, float) for value in metrics.values())
 
 

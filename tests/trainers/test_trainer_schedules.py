@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from trainer_cases import ARCHITECTURES, SETTINGS, D, F, batches, make, train
+from trainer_cases import ARCHITECTURES, SETTINGS, TRANSCODERS, D, F, batches, make, train
 
 from dictionary_learning.errors import UserError
 from dictionary_learning.trainers import TRAINERS, StandardTrainer, trainer_class
 from dictionary_learning.trainers.schedules import automatic_learning_rate, get_lr_schedule, get_sparsity_warmup_fn
+from dictionary_learning.trainers.trainer import Shared
 
 every = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -78,7 +79,7 @@ def test_an_update_uses_the_rate_of_its_step_and_the_log_says_so(architecture: s
 @every
 @pytest.mark.parametrize("steps", [1, 2, 3, 19, 1500, 100_000])
 def test_settings_left_out_fit_a_run_of_any_length(architecture: str, steps: int) -> None:
-    trainer = make(architecture, steps=steps)
+    trainer = make(architecture, steps=steps, **({"anneal_start": None} if "anneal" in architecture else {}))
     config = trainer.config
     assert config["lr"] == trainer.learning_rate_factor * automatic_learning_rate(F, D, steps)
     assert config["warmup_steps"] == min(1000, steps // 20)
@@ -90,12 +91,24 @@ def test_the_config_is_json_and_makes_the_same_trainer_again(architecture: str) 
     trainer = train(make(architecture, submodule_name="resid_post_layer_1", wandb_name="run"), batches(2))
     config = json.loads(json.dumps(trainer.config))
     cls = trainer_class(config["architecture"])
-    arguments = set(inspect.signature(cls).parameters) - {"dict_class"}
+    names = {name for parent in cls.__mro__[:-1] for name in inspect.signature(parent.__init__).parameters}
+    not_settings = {"self", "dict_class", "dict_kwargs", "shared", "settings", "args", "kwargs"}
+    arguments = (names | set(Shared.__annotations__)) - not_settings
+    arguments -= {"output_dim", "skip"}  # of transcoders, see below
     assert arguments <= set(config)
     again = cls(**{name: config[name] for name in arguments})
     again.update(0, batches(1)[0])
     assert again.config == trainer.config
     assert config["trainer_class"] == cls.__name__ and config["dict_class"] == type(trainer.ae).__name__
+
+
+@every
+@pytest.mark.parametrize("way", TRANSCODERS)
+def test_the_config_of_a_transcoder_says_so(architecture: str, way: str) -> None:
+    config = make(architecture, **TRANSCODERS[way]).config
+    assert {name: config[name] for name in ("output_dim", "skip") if name in config} == (
+        {} if way == "sae" else {"output_dim": 5, "skip": way == "skip"}
+    )
 
 
 # ------------------------------------------------------------------------------------------------- bad settings
@@ -118,6 +131,11 @@ def test_the_config_is_json_and_makes_the_same_trainer_again(architecture: str) 
         ({"warmup_steps": 40}, "warmup_steps must be .* below the 40 steps"),
         ({"warmup_steps": 10, "decay_start": 5}, "decay_start must lie between"),
         ({"decay_start": 41}, "decay_start must lie between"),
+        ({"encoder_dtype": "fp16"}, "encoder_dtype must be one of fp32, tf32, bf16, got 'fp16'"),
+        ({"grad_clip_norm": 0.0}, "grad_clip_norm must be positive, or None for no clipping, got 0.0"),
+        ({"grad_clip_norm": float("nan")}, "grad_clip_norm must be positive"),
+        ({"output_dim": 0}, "output_dim must be a positive integer, got 0"),
+        ({"scheduler": "cosin"}, "scheduler must be one of .*Did you mean 'cosine'"),
     ],
 )
 def test_impossible_settings_are_refused_in_a_sentence(
@@ -137,6 +155,9 @@ def test_impossible_settings_are_refused_in_a_sentence(
         ("top_k", {"auxk_alpha": float("nan")}, "auxk_alpha must not be negative"),
         ("top_k", {"threshold_beta": 1.0}, "threshold_beta must be at least 0 and below 1"),
         ("top_k", {"dead_after_tokens": 0}, "dead_after_tokens must be positive"),
+        ("gated", {"l1_penalty": -0.1}, "l1_penalty must not be negative"),
+        ("batch_top_k", {"k": 25}, "at most the width 24, got 25"),
+        ("standard_april_update", {"l1_penalty": float("nan")}, "l1_penalty must not be negative"),
         ("standard", {"l1_penalty": -0.1}, "l1_penalty must not be negative"),
         ("standard", {"sparsity_warmup_steps": 40}, "sparsity_warmup_steps must be .* below the 40 steps"),
         ("jump_relu", {"sparsity_penalty": -1.0}, "sparsity_penalty must not be negative"),

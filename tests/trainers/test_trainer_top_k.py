@@ -1,4 +1,4 @@
-"""TopK's own affairs: what counts as fired, dead latents and AuxK, and the running threshold."""
+"""What fires by number: what counts as fired, dead latents and AuxK, the running threshold, groups."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_cases import B, D, F, batches, make, synthetic, train
+from trainer_cases import BY_K, B, D, F, auxk_of, batches, make, synthetic, train
 
+from dictionary_learning.errors import UserError
 from dictionary_learning.trainers import TopKTrainer
-from dictionary_learning.trainers.top_k import DEAD_COUNT_INTERVAL
+from dictionary_learning.trainers.dead_latents import COUNT_INTERVAL
 
 LIVING, ROWS = 12, 128  # of `with_crowded_out_latents`, and in its batches
 
@@ -78,7 +79,7 @@ def test_rows_without_positives_do_not_enter_the_threshold() -> None:
     rows = torch.nn.functional.normalize(torch.randn(3, D), dim=1)
     with torch.no_grad():
         trainer.ae.encoder.weight.copy_(rows)
-    trainer.initialize = lambda x_BD: None
+    trainer.initialize = lambda x_BD, y_BD: None  # type: ignore[method-assign]
     away = -torch.linalg.pinv(rows) @ torch.ones(3)  # every pre-activation is -1
     x = torch.stack([2 * rows[0], away, away])
     kept = trainer.ae.encode(x[:1], return_topk=True)[1]
@@ -107,9 +108,9 @@ def test_auxk_gradients_reach_the_encoder_of_dead_latents_and_no_living_ones() -
     gradients = []
     for alpha in (0.0, 1.0):
         trainer = with_crowded_out_latents(auxk_alpha=alpha)
+        auxk_of(trainer).some_dead = True
         trainer.tokens_since_fired_F[LIVING:] = 3 * ROWS
-        trainer.some_dead = True
-        trainer.compute_loss(x, 0).loss.backward()
+        trainer.compute_loss(x, x, 0).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in trainer.ae.named_parameters() if p.grad is not None})
     without, with_auxk = gradients
     dead, living = slice(LIVING, None), slice(0, LIVING)
@@ -130,9 +131,9 @@ def test_auxk_is_relative_to_the_residual_so_that_units_cancel() -> None:
     for scale in (1.0, 100.0):
         trainer = with_crowded_out_latents()
         trainer.tokens_since_fired_F[LIVING:] = 3 * ROWS
-        trainer.initialize(scale * x)
-        trainer.some_dead = True
-        terms.append(trainer.compute_loss(scale * x, 0).terms["auxk_loss"].item())
+        trainer.initialize(scale * x, scale * x)
+        auxk_of(trainer).some_dead = True
+        terms.append(trainer.compute_loss(scale * x, scale * x, 0).terms["auxk_loss"].item())
     assert terms[0] == pytest.approx(terms[1], rel=1e-5)
     assert terms[0] == pytest.approx(1.0, abs=0.2)  # dead latents explain next to nothing yet
 
@@ -151,18 +152,39 @@ def test_auxk_revives_dead_latents() -> None:
 
 
 def test_auxk_costs_nothing_while_no_latent_is_dead() -> None:
-    trainer = train(top_k(), batches(DEAD_COUNT_INTERVAL + 2))
+    trainer = train(top_k(), batches(COUNT_INTERVAL + 2))
     assert trainer.last is not None and "auxk_loss" not in trainer.last.terms
     assert trainer.metrics(batches(1)[0])["dead_latents"] == 0
 
 
 def test_dead_latents_are_noticed_at_the_second_look() -> None:
     trainer = with_crowded_out_latents()
-    for step, x in enumerate(synthetic(2 * DEAD_COUNT_INTERVAL + 2)[0]):
+    for step, x in enumerate(synthetic(2 * COUNT_INTERVAL + 2)[0]):
         trainer.update(step, x)
         assert trainer.last is not None
-        assert ("auxk_loss" in trainer.last.terms) == (step > 2 * DEAD_COUNT_INTERVAL)
+        assert ("auxk_loss" in trainer.last.terms) == (step > 2 * COUNT_INTERVAL)
         assert trainer.metrics(x)["dead_latents"] == (trainer.tokens_since_fired_F >= 3 * ROWS).sum()
+
+
+@pytest.mark.parametrize("architecture", BY_K)
+def test_the_decoder_bias_enters_auxk_once(architecture: str) -> None:
+    """The residual lacks the bias already: where dead latents explain nothing, AuxK is the residual's second moment,
+    and it does not pull at the bias."""
+    trainer = make(architecture, auxk_alpha=1.0)
+    x = batches(1)[0]
+    trainer.initialize(x, x)
+    auxk_of(trainer).some_dead, auxk_of(trainer).dead_after_tokens = True, 1
+    with torch.no_grad():
+        trainer.ae.encoder_bias[20:] = -100.0
+    trainer.tokens_since_fired_F[20:] = 1
+    out = trainer.compute_loss(x, x, 0)
+    residual = x - out.x_hat_BD.detach()
+    fraction = residual.pow(2).sum(1).mean() / residual.var(0, correction=0).sum()
+    assert out.terms["auxk_loss"].item() == pytest.approx(fraction.item(), rel=1e-5)  # 4 dead, as many as AuxK may use
+    assert not out.terms["auxk_loss"].requires_grad or all(
+        grad is None or grad.eq(0).all()
+        for grad in torch.autograd.grad(out.terms["auxk_loss"], list(trainer.ae.parameters()), allow_unused=True)
+    )
 
 
 def test_dead_after_tokens_defaults_to_a_tenth_of_the_run() -> None:
@@ -170,3 +192,83 @@ def test_dead_after_tokens_defaults_to_a_tenth_of_the_run() -> None:
     assert trainer.config["dead_after_tokens"] is None  # the batch is not known yet
     trainer.update(0, batches(1)[0])
     assert trainer.config["dead_after_tokens"] == 5 * B
+
+
+# ------------------------------------------------------------------------------------------------- batches, groups
+
+
+@pytest.mark.parametrize("architecture", ["batch_top_k", "matryoshka_batch_top_k"])
+def test_the_threshold_of_a_batch_follows_its_smallest_active_value(architecture: str) -> None:
+    trainer = make(architecture, threshold_beta=0.9, threshold_start_step=2)
+    expected = -1.0
+    for step, x in enumerate(batches(10)):
+        f = trainer.ae.encode(x, use_threshold=False) if step else None
+        trainer.update(step, x)
+        if step >= 2:
+            assert f is not None
+            smallest = f[f > 0].min().item()
+            expected = smallest if expected < 0 else 0.9 * expected + 0.1 * smallest
+        assert trainer.ae.threshold.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["batch_top_k", "matryoshka_batch_top_k"])
+def test_by_its_threshold_a_dictionary_fires_k_latents_on_fresh_data(architecture: str) -> None:
+    k, (data, _) = 3, synthetic(250)
+    trainer = train(make(architecture, activation_dim=24, dict_size=80, steps=250, k=k), data)
+    fresh = torch.cat(synthetic(8, rows=256, seed=77)[0])
+    assert (trainer.ae.encode(fresh) > 0).sum(1).float().mean().item() == pytest.approx(k, rel=0.05)
+
+
+def test_a_batch_without_positives_leaves_the_threshold() -> None:
+    trainer = make("batch_top_k", threshold_start_step=0)
+    train(trainer, batches(2))
+    before = trainer.ae.threshold.item()
+    with torch.no_grad():
+        trainer.ae.encoder_bias.fill_(-100.0)
+    trainer.update(2, batches(3)[2])
+    assert trainer.ae.threshold.item() == before > 0 and trainer.last is not None and trainer.last.l0 == 0
+
+
+def test_batch_topk_gives_hard_inputs_more_latents_and_k_on_average() -> None:
+    trainer = make("batch_top_k", k=3)
+    x = batches(1)[0]
+    trainer.initialize(x, x)
+    x[: B // 2] += 3 * torch.randn(B // 2, D)
+    codes = trainer.preactivations(x).batch_top_k(3 * B)
+    per_row = torch.bincount(codes.entries.rows_N, minlength=B)
+    assert per_row.sum() == 3 * B and per_row[: B // 2].sum() > 2 * B
+
+
+def test_group_max_fires_one_latent_of_each_group_at_most() -> None:
+    trainer = make("group_max", k=4)
+    train(trainer, batches(10))
+    f = trainer.ae.encode(torch.cat(batches(4, seed=3)))
+    per_group = (f > 0).view(-1, 4, F // 4).sum(2)
+    assert per_group.max() == 1 and per_group.float().mean() > 0.5
+    out = trainer.compute_loss(x := batches(1)[0], x, 10)
+    torch.testing.assert_close(out.x_hat_BD, trainer.ae(x))
+    with pytest.raises(UserError, match="24 latents can't be split into k = 5 groups"):
+        make("group_max", k=5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group_fractions": [0.5, 0.4]}, "group_fractions must be positive and add up to 1"),
+        ({"group_fractions": [1.5, -0.5]}, "group_fractions must be positive and add up to 1"),
+        ({"group_fractions": []}, "group_fractions must be positive and add up to 1"),
+        ({"group_fractions": [0.01, 0.99]}, "leave a group of 24 latents without any"),
+        ({"group_weights": [1.0, 1.0]}, "group_weights must be 3 non-negative numbers"),
+        ({"group_weights": [1.0, -1.0, 1.0]}, "group_weights must be 3 non-negative numbers"),
+        ({"group_weights": [0.0, 0.0, 0.0]}, "group_weights must be 3 non-negative numbers"),
+    ],
+)
+def test_impossible_groups_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make("matryoshka_batch_top_k", **settings)
+
+
+def test_groups_have_the_fractions_asked_for_and_the_last_takes_the_rest() -> None:
+    trainer: Any = make("matryoshka_batch_top_k", dict_size=25)
+    assert trainer.config["group_sizes"] == trainer.ae.group_sizes.tolist() == [4, 8, 13]
+    assert trainer.config["group_weights"] == pytest.approx([1 / 3] * 3)

@@ -1,8 +1,5 @@
-"""Trainers to test, data to train them on, and every architecture's loss written out once more in plain autograd.
-
-`formula` owes nothing to the package: parameters come in as a dict of leaves, the loss of the paper comes out. The
-straight-through gradients to a JumpReLU threshold are written as terms of value zero that carry them.
-"""
+"""Trainers to test and data to train them on. Every architecture of the registry must have its SETTINGS here and its
+equation in `trainer_formulas`."""
 
 from __future__ import annotations
 
@@ -11,15 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dictionary_learning.trainers import TRAINERS, SAETrainer
+from dictionary_learning.trainers import TRAINERS, MatryoshkaBatchTopKTrainer, SAETrainer
+from dictionary_learning.trainers.annealing import Annealing
+from dictionary_learning.trainers.dead_latents import AuxK
+from dictionary_learning.trainers.sparse_switch import SparseSwitch
 
 D, F, B, STEPS = 8, 24, 32, 40
+GROUPS = {"group_fractions": [1 / 6, 1 / 3, 1 / 2]}
 SETTINGS: dict[str, dict[str, Any]] = {
     "standard": {"l1_penalty": 0.05},
+    "standard_april_update": {"l1_penalty": 0.05},
     "top_k": {"k": 4},
+    "group_max": {"k": 4},
+    "batch_top_k": {"k": 4},
+    "matryoshka_batch_top_k": {"k": 4, **GROUPS},
     "jump_relu": {"target_l0": 4.0, "bandwidth": 0.2},
+    "gated": {"l1_penalty": 0.05},
+    "p_anneal": {"initial_sparsity_penalty": 0.05, "anneal_start": 8, "n_sparsity_updates": 4},
+    "gated_anneal": {"initial_sparsity_penalty": 0.05, "anneal_start": 8, "n_sparsity_updates": 4},
 }
 ARCHITECTURES = list(TRAINERS)
+SWITCHING = [
+    name for name in ARCHITECTURES if name not in ("top_k", "group_max", "batch_top_k", "matryoshka_batch_top_k")
+]
+BY_K = [name for name in ARCHITECTURES if name not in SWITCHING]
+UNIT_NORM = [name for name in ARCHITECTURES if name != "standard_april_update"]
+RESAMPLING = ["standard", "p_anneal", "gated_anneal"]
+TRANSCODERS: dict[str, dict[str, Any]] = {
+    "sae": {},
+    "transcoder": {"output_dim": 5},
+    "skip": {"output_dim": 5, "skip": True},
+}
 
 
 def make(architecture: str, **settings: Any) -> SAETrainer:
@@ -43,19 +62,28 @@ def batches(number: int = STEPS, rows: int = B, width: int = D, seed: int = 0, s
     return out
 
 
-def synthetic(steps: int, rows: int = 128, width: int = 24, features: int = 40) -> tuple[list[Tensor], Tensor]:
+def targets(data: list[Tensor], width: int = 5) -> list[Tensor]:
+    """For a transcoder: a fixed nonlinear function of each row, of another width and in other units."""
+    M = torch.randn(data[0].shape[1], width, generator=torch.Generator().manual_seed(98)).to(data[0].dtype)
+    return [3 * torch.tanh(2 * x @ M) + 0.5 for x in data]
+
+
+def synthetic(
+    steps: int, rows: int = 128, width: int = 24, features: int = 40, seed: int = 5
+) -> tuple[list[Tensor], Tensor]:
     """Rows with each of 40 unit directions present one time in ten."""
     g = torch.Generator().manual_seed(5)
     directions = torch.nn.functional.normalize(torch.randn(features, width, generator=g), dim=1)
+    g = g if seed == 5 else torch.Generator().manual_seed(seed)
     codes = (torch.rand(steps, rows, features, generator=g) < 0.1) * (
         0.5 + torch.rand(steps, rows, features, generator=g)
     )
     return list(codes @ directions), directions
 
 
-def train(trainer: SAETrainer, data: list[Tensor], start: int = 0) -> SAETrainer:
+def train(trainer: SAETrainer, data: list[Tensor], start: int = 0, target: list[Tensor] | None = None) -> SAETrainer:
     for step, x in enumerate(data, start=start):
-        trainer.update(step, x)
+        trainer.update(step, x, None if target is None else target[step - start])
     return trainer
 
 
@@ -68,38 +96,51 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def formula(architecture: str, p: dict[str, Tensor], x: Tensor, **s: Any) -> Tensor:
-    """The loss of a batch by the paper's equations; `s` holds what they need, `s["weight"]` being the sparsity term's.
+def explained(trainer: SAETrainer, x: Tensor, y: Tensor | None = None) -> float:
+    """Fraction of the variance that the dictionary explains."""
+    y = x if y is None else y
+    return 1 - ((y - trainer.ae(x)).var(0).sum() / y.var(0).sum()).item()
 
-    standard: Bricken et al. 2023. top_k: arXiv:2406.04093, sections 2.3, 2.4 and A.2; with `s["dead"]` [F] AuxK is in.
-    jump_relu: arXiv:2407.14435, eq. 9 with the pseudo-derivatives of eqs. 11 and 12.
-    """
-    if architecture == "jump_relu":
-        z, theta, width = x @ p["W_enc"] + p["b_enc"], p["threshold"], s["bandwidth"]
-        on = (z > theta).to(x.dtype).detach()
-        kernel = (((z - theta) / width).abs() < 0.5).to(x.dtype).detach()
-        step = theta - theta.detach()
-        f = z * on - theta.detach() / width * kernel * step
-        l0 = (on - 1 / width * kernel * step).sum(1).mean()
-        error = (f @ p["W_dec"] + p["b_dec"] - x).pow(2).sum(1).mean()
-        return error + s["weight"] * (l0 if s["target_l0"] is None else (l0 / s["target_l0"] - 1) ** 2)
-    b = p["bias" if architecture == "standard" else "b_dec"]
-    pre = (x - b) @ p["encoder.weight"].T + p["encoder.bias"]
-    acts = torch.clamp(pre, min=0)
-    if architecture == "standard":
-        error = (acts @ p["decoder.weight"].T + b - x).pow(2).sum(1).mean()
-        return error + s["weight"] * acts.abs().sum(1).mean()
-    kth = pre.detach().sort(dim=1, descending=True).values[:, [s["k"] - 1]]
-    f = acts * (pre.detach() >= kth)
-    residual = x - f @ p["decoder.weight"].T - b
-    loss = residual.pow(2).sum(1).mean()
-    if s.get("dead") is not None and s["dead"].any():
-        residual, dead = residual.detach(), s["dead"]
-        number = int(min(s["auxk_size"], dead.sum()))
-        dead_pre = torch.where(dead, pre.detach(), -torch.inf)
-        kth = dead_pre.sort(dim=1, descending=True).values[:, [number - 1]]
-        aux = (acts * dead * (dead_pre >= kth)) @ p["decoder.weight"].T
-        fraction = (residual - aux).pow(2).sum(1).mean() / (residual - residual.mean(0)).pow(2).sum(1).mean()
-        of_data = (x - x.mean(0)).pow(2).sum(1).mean()
-        loss = loss + s["auxk_alpha"] * of_data * min(1.0, number / s["auxk_size"]) * fraction
-    return loss
+
+def switch_of(trainer: SAETrainer) -> SparseSwitch:
+    switch = trainer.switch  # type: ignore[attr-defined]
+    assert isinstance(switch, SparseSwitch)
+    return switch
+
+
+def auxk_of(trainer: SAETrainer) -> AuxK:
+    auxk = trainer.auxk  # type: ignore[attr-defined]
+    assert isinstance(auxk, AuxK)
+    return auxk
+
+
+def forced(trainer: SAETrainer, sparse: bool) -> SAETrainer:
+    """The trainer with every step sparse, or every step dense."""
+    switch = switch_of(trainer)
+    switch.sparse, switch.densities = sparse, type(switch.densities)(*((2.0, 2.0) if sparse else (-1.0, -1.0)))
+    return trainer
+
+
+def declare_dead(trainer: SAETrainer, dead_F: Tensor) -> SAETrainer:
+    """The trainer as if it had noticed that these latents [F] (bool) are dead."""
+    auxk = auxk_of(trainer)
+    auxk.dead_after_tokens, auxk.some_dead = 100, True
+    trainer.tokens_since_fired_F.copy_(torch.where(dead_F, 100, 99))
+    return trainer
+
+
+def in_float64(trainer: SAETrainer) -> SAETrainer:
+    """The trainer with all its arithmetic in float64, for comparisons to ten digits. (Fused Adam takes a float32
+    factor for clipping: here the plain one.)"""
+    trainer.ae.double()
+    for options in (trainer._optimizer.adam.defaults, *trainer._optimizer.adam.param_groups):
+        options["fused"] = False
+    if hasattr(trainer, "controller"):
+        trainer.controller.penalty = torch.tensor(trainer.l1_penalty, dtype=torch.float64)  # type: ignore[attr-defined]
+    if isinstance(trainer, Annealing):
+        trainer._coefficient = torch.tensor(trainer.initial_sparsity_penalty, dtype=torch.float64)
+        trainer._queue_L2 = trainer._queue_L2.double()
+    if isinstance(trainer, MatryoshkaBatchTopKTrainer):
+        trainer._weight_G = torch.tensor(trainer.group_weights, dtype=torch.float64)
+    trainer._batch = lambda x, y: (x.double(), x.double() if y is None else y.double())  # type: ignore[method-assign]
+    return trainer
