@@ -1,112 +1,142 @@
-"""What the stream costs beside the bare harvest: the buffer, one TopK dictionary, a second hook point.
+"""End to end: the model's forward, the buffer and the dictionaries, beside the bare harvest and the peers' streams.
 
-    python benchmarks/stream.py --model embedded --seconds 20
-    python benchmarks/stream.py --model gpt2-shape --seconds 60
-
-Everything runs in turns in one process on the same texts, so that a change of the machine's load falls on all alike.
-`gpt2-shape` is GPT-2 small with random weights (speed does not depend on them), layer 8, m = 6,144, batch 2,048;
-`embedded` is the project's tiny model, layer 2, m = 1,536, batch 1,024.
+All streams run in turns on the same model shape (random weights; speed does not depend on them) and the same texts:
+ours in fp32 and with bf16 harvest and encoder; dictionary-learning's buffer with its `trainSAE`; SAELens's multi-SAE
+runner. A turn covers whole refills of every buffer, so that none is favoured by where it stands.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import torch
-import tyro
+from benchmarks.plots import bars
+from benchmarks.results import Report, Table, skipped_remarks
+from benchmarks.turns import Entry, Workers, rate, rate_ratio, take_turns
 
-from data_prep.embedded import MODEL_DIR
-from dictionary_learning.activations.language_model import LanguageModelActivations, TracedLM
-from dictionary_learning.buffer import ActivationBuffer
-from dictionary_learning.corpus import TextStream, open_corpus
-from dictionary_learning.packing import ContextPacker
-from dictionary_learning.trainers import TopKTrainer
+HARVEST = "ours, harvest only"
+BUFFER_BATCHES = {"ours": 8, "dictionary-learning": 8, "sae-lens": 10}
+"""Batches that a buffer holds. The peers refill by halves: with these sizes both do so every five batches."""
+TURN_BATCHES = 5
 
 
 @dataclass
-class Args:
-    model: str = "embedded"
-    """embedded or gpt2-shape"""
-    seconds: float = 20.0
-    """For each of the measured streams, in turns."""
-    turns: int = 5
-    dtype: str = "float32"
+class Options:
+    """Model, sizes and repetitions of the stream benchmark."""
+
+    layer: int = 8
+    m: int = 6144
+    k: int = 32
+    batch: int = 2048
+    ctx_len: int = 128
+    contexts: int = 16
+    """Contexts a forward."""
+    dictionaries: list[int] = field(default_factory=lambda: [1, 4, 16])
+    peer_dictionaries: list[int] = field(default_factory=lambda: [1, 4])
+    dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
+    device: str = "cpu"
+    shape: dict[str, int] = field(default_factory=dict)
+    """Fields of GPT-2 small's configuration to change, such as n_layer."""
+    peers: list[str] = field(default_factory=lambda: ["dictionary-learning", "sae-lens"])
+    rounds: int = 4
+    refills: int = 2
+    """Of the peers' buffers in a turn."""
+
+    def quick(self) -> Options:
+        return Options(**vars(self) | {"rounds": 1, "refills": 1})
 
 
-def load(args: Args) -> tuple[TracedLM, list[str], int, int, int]:
-    """(model, two hook points, width, batch, contexts a forward)."""
-    if args.model == "embedded":
-        lm = TracedLM.load(str(MODEL_DIR), dtype=args.dtype)
-        return lm, ["resid_post_layer_1", "resid_post_layer_2"], 1536, 1024, 32
-    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+def write_texts(folder: str, options: Options) -> tuple[str, str]:
+    """(tokenizer folder, file of texts): the embedded corpus cut into pieces a little longer than a context, so that
+    those who truncate a text to a context tokenise as little as those who pack."""
+    from transformers import AutoTokenizer
 
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(pad_token_id=None)).to(getattr(torch, args.dtype)).eval()
-    lm = TracedLM.load(model, AutoTokenizer.from_pretrained(MODEL_DIR))
-    return lm, ["resid_post_layer_7", "resid_post_layer_8"], 6144, 2048, 16
+    from data_prep.embedded import MODEL_DIR
+    from dictionary_learning.corpus import TextStream, open_corpus
 
-
-def main(args: Args) -> None:
-    lm, points, width, batch, contexts = load(args)
-    corpus = open_corpus("embedded")
-
-    def packer() -> ContextPacker:
-        return ContextPacker(
-            TextStream(corpus, epochs=None, seed=0), lm.tokenizer, ctx_len=128, batch_contexts=contexts
-        )
-
-    def harvest(names: list[str]) -> Iterator[int]:
-        for acts in LanguageModelActivations(lm, packer(), names):
-            yield len(next(iter(acts.acts.values())))
-
-    def buffered(names: list[str], train: bool) -> Iterator[int]:
-        buffer = ActivationBuffer(
-            TextStream(corpus, epochs=None, seed=0),
-            lm,
-            names,
-            n_ctxs=contexts * 8,
-            ctx_len=128,
-            refresh_batch_size=contexts,
-            out_batch_size=batch,
-            remove_bos=True,
-        )
-        width_of_acts = next(iter(buffer.source.widths.values()))
-        trainer = TopKTrainer(100_000, width_of_acts, width, 32, None, None, seed=0, device="cpu")
-        buffer.refresh()  # the first fill is no part of the steady state
-        for step, acts in enumerate(buffer):
-            rows: Any = next(iter(acts.values())) if isinstance(acts, dict) else acts
-            if train:
-                trainer.update(step, rows)
-            yield len(rows)
-
-    streams: dict[str, Callable[[], Iterator[int]]] = {
-        "harvest, one hook point": lambda: harvest(points[1:]),
-        "harvest, two hook points": lambda: harvest(points),
-        "buffer, one hook point": lambda: buffered(points[1:], train=False),
-        "buffer, two hook points": lambda: buffered(points, train=False),
-        "buffer and one TopK dictionary": lambda: buffered(points[1:], train=True),
-    }
-    running = {name: make() for name, make in streams.items()}
-    rows, seconds = dict.fromkeys(streams, 0), dict.fromkeys(streams, 0.0)
-    for stream in running.values():
-        for _ in range(3):
-            next(stream)
-    for _ in range(args.turns):
-        for name, stream in running.items():
-            began = time.perf_counter()
-            while time.perf_counter() - began < args.seconds / args.turns:
-                rows[name] += next(stream)
-            seconds[name] += time.perf_counter() - began
-    bare = rows["harvest, one hook point"] / seconds["harvest, one hook point"]
-    print(f"{args.model}, {args.dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print("| stream | activations a second | of the bare harvest |\n|---|---|---|")
-    for name in streams:
-        rate = rows[name] / seconds[name]
-        print(f"| {name} | {rate:,.0f} | {rate / bare:.3f} |")
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    ids: list[int] = []
+    for text in TextStream(open_corpus("embedded"), epochs=1, seed=0):
+        ids += tokenizer(text.text, verbose=False)["input_ids"]
+        if len(ids) > 400 * options.ctx_len:
+            break
+    length = options.ctx_len + 12
+    pieces = [tokenizer.decode(ids[at : at + length]) for at in range(0, len(ids) - length, length)]
+    path = Path(folder) / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
+    return str(MODEL_DIR), str(path)
 
 
-if __name__ == "__main__":
-    main(tyro.cli(Args, use_underscores=True))
+def measure(options: Options, threads: int | None = None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        entries = contestants(options, *write_texts(folder, options))
+        with Workers(threads) as workers:
+            return {"entries": take_turns(workers, entries, options.rounds, first=TURN_BATCHES, warm=0)}
+
+
+def contestants(options: Options, tokenizer: str, texts: str) -> list[Entry]:
+    common: dict[str, Any] = {"tokenizer": tokenizer, "texts": texts, "device": options.device, "shape": options.shape}
+    for name in ("m", "k", "batch", "contexts", "ctx_len", "layer"):
+        common[name] = getattr(options, name)
+    entries = []
+    for dtype in options.dtypes:
+        for who in ("ours", *options.peers):
+            counts: list[int | None] = [None, *options.dictionaries] if who == "ours" else [*options.peer_dictionaries]
+            for count in counts:
+                given = common | {"dictionaries": count, "dtype": dtype}
+                given["buffer_contexts"] = BUFFER_BATCHES[who] * options.batch // options.ctx_len
+                if who == "ours" and dtype == "bfloat16" and count is not None:
+                    given["encoder_dtype"] = "bf16"
+                name = name_of(who, count, dtype)
+                entries.append(Entry(name, who, "stream", given, TURN_BATCHES * options.refills))
+    return entries
+
+
+def name_of(who: str, dictionaries: int | None, dtype: str) -> str:
+    what = "harvest only" if dictionaries is None else f"{dictionaries} TopK" if dictionaries else "buffer only"
+    return f"{who}, {what}" + (", bf16" if dtype == "bfloat16" else "")
+
+
+def report(data: dict[str, Any], options: dict[str, Any]) -> Report:
+    measured = {entry["name"]: entry for entry in data["entries"] if not entry.get("skipped")}
+    peers = options["peers"]
+    rows = []
+    for name, entry in measured.items():
+        dtype, count = entry["options"]["dtype"], entry["options"]["dictionaries"]
+        bare = measured.get(name_of("ours", None, dtype))
+        cells = [name, f"{rate(entry):,.0f}", f"{rate_ratio(entry, bare):.3f}" if bare else "–"]
+        for peer in peers:
+            beside = [measured.get(name_of(peer, count, kind)) for kind in ("float32", dtype)]
+            if entry["who"] != "ours" or not count or beside[0] is None:
+                cells.append("–")
+                continue
+            same = f" ({rate_ratio(entry, beside[1]):.2f}x its bf16)" if dtype != "float32" and beside[1] else ""
+            cells.append(f"{rate_ratio(entry, beside[0]):.2f}x{same}")
+        rows.append(cells)
+    shape = {"n_layer": 12, "n_embd": 768} | options["shape"]
+    title = (
+        f"GPT-2 shape ({shape['n_layer']} layers, d = {shape['n_embd']}), random weights, layer {options['layer']}, "
+        f"m = {options['m']:,}, k = {options['k']}, B = {options['batch']:,}, context {options['ctx_len']}, "
+        f"{options['device']}. bf16: of ours the model and the encoder's product, of dictionary-learning the model, "
+        "of sae-lens its autocast of the model."
+    )
+    columns = [
+        "stream",
+        "activations/s",
+        "of our harvest alone",
+        *(f"times {peer} with as many (fp32)" for peer in peers),
+    ]
+    return Report(
+        "The stream, end to end", [Table(title, columns, rows)], skipped_remarks(data["entries"]), ["stream.svg"]
+    )
+
+
+def plot(data: dict[str, Any], folder: Path) -> None:
+    groups: dict[str, dict[str, float]] = {}
+    for entry in data["entries"]:
+        if not entry.get("skipped"):
+            groups.setdefault(entry["options"]["dtype"], {})[entry["name"]] = rate(entry)
+    bars(folder / "stream.svg", groups, "activations/s")

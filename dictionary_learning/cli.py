@@ -10,6 +10,7 @@ COMMANDS = {  # name -> (module:function that takes the arguments and gives the 
     "prep": ("data_prep.__main__:main", "medical QA records -> one table of texts (also: python -m data_prep)"),
     "harvest": ("dictionary_learning.harvest:main", "text -> activations saved as shards"),
     "train": ("dictionary_learning.demo:main", "text -> activations -> many trained dictionaries"),
+    "fit": ("dictionary_learning.fit:main", "saved activations and a config.yaml -> one trained sparse autoencoder"),
     "export": ("dictionary_learning.formats.commands:export_main", "dictionaries -> the formats of other libraries"),
     "import": ("dictionary_learning.formats.commands:import_main", "dictionaries of other libraries -> ours"),
     "push": ("dictionary_learning.hub:push_main", "a run -> a repository on the Hugging Face Hub"),

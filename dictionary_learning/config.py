@@ -11,15 +11,35 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from dictionary_learning.errors import UserError, did_you_mean
 
 CONFIG_VERSION = 1
+DEBUG = False  # scripts written for the dictionary-learning package read it; nothing here has a debugging mode
 _STRICT = {"extra": "forbid", "allow_inf_nan": False}  # unknown keys and NaN are errors
 _SIZES = ("num_tokens", "ctx_len", "harvest_contexts", "buffer_contexts", "batch_size", "eval_tokens", "eval_contexts")
+
+
+@dataclass(frozen=True)
+class SentenceSettings:
+    """How a sentence encoder (a sentence-transformers model) is read."""
+
+    __pydantic_config__: ClassVar[Any] = _STRICT
+
+    level: str = "text"
+    """text: one embedding a text; token: the states of its tokens."""
+    prompt: str | None = None
+    """Put before every text; None is the model's own default, "" none."""
+    normalize: bool = False
+    """Scale embeddings to unit length, whether or not the model does."""
+
+    def __post_init__(self) -> None:
+        from dictionary_learning.activations.sentence_encoder import check_level
+
+        check_level(self.level, normalize=self.normalize)
 
 
 @dataclass(frozen=True)
@@ -35,18 +55,22 @@ class Preset:
     num_tokens: int
     """Activations to train on."""
     ctx_len: int = 128
-    """Tokens in a context."""
+    """Tokens in a context; of a sentence encoder, those at which a text is cut."""
     harvest_contexts: int = 32
-    """Contexts in one forward of the model."""
+    """Contexts (of a sentence encoder: texts) in one forward of the model."""
     buffer_contexts: int = 1024
-    """Contexts' worth of activations that the buffer mixes."""
+    """Contexts' worth of activations that the buffer mixes; where there is one embedding a text, of texts."""
     batch_size: int = 2048
     """Activations in a training step."""
     dtype: str = "float32"
     """Of the model and the buffer; dictionaries train in float32."""
+    encoder_dtype: str = "fp32"
+    """Of the dictionaries' encoder product: fp32, tf32 or bf16."""
     eval_tokens: int = 20_000
     eval_contexts: int = 16
     """Contexts in one forward of the evaluation."""
+    sentence: SentenceSettings | None = None
+    """Of a sentence encoder; None is a language model."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +80,8 @@ class Sweep:
     architectures: tuple[str, ...]
     sparsities: Mapping[str, Mapping[str, tuple[float, ...]]]
     """Architecture -> {the trainer's sparsity argument: its values}."""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Architecture -> further arguments of its trainer, the same for all its dictionaries."""
     learning_rates: tuple[float | None, ...] = (None,)
     """None is the rule that fits width and length."""
     seeds: tuple[int, ...] = (0,)
@@ -73,6 +99,8 @@ class DictionarySpec:
     sparsity: dict[str, float]
     lr: float | None = None
     seed: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the trainer."""
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -87,6 +115,7 @@ class DictionarySpec:
             "seed": self.seed,
             "submodule_name": self.hook_point,
             **{name: int(v) if float(v).is_integer() else v for name, v in self.sparsity.items()},
+            **self.settings,
         }
 
     @property
@@ -118,11 +147,15 @@ class RunConfig:
     max_activation_norm_multiple: float | None = 10.0
     normalize_activations: bool = True
     seed: int = 0
+    encoder_dtype: str = "fp32"
+    sentence: SentenceSettings | None = None
     version: int = CONFIG_VERSION
 
     def __post_init__(self) -> None:
         if not self.dictionaries:
             raise UserError("The run has no dictionaries: name at least one architecture and one sparsity.")
+        if self.sentence is not None:
+            self._check_sentence(self.sentence)
         for name in _SIZES:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be positive, got {getattr(self, name)}.")
@@ -136,6 +169,17 @@ class RunConfig:
                 f"{self.max_activation_norm_multiple}."
             )
         _check_seed(self.seed)
+
+    def _check_sentence(self, sentence: SentenceSettings) -> None:
+        if self.max_activation_norm_multiple is not None:
+            raise UserError("max_activation_norm_multiple is for language models: with sentence settings, write null.")
+        if sentence.level == "text" and not self.remove_bos:
+            raise UserError("remove_bos: false keeps special tokens, which the embedding of a text has none of.")
+
+    @property
+    def rows_per_context(self) -> int:
+        """Activations that a context (of a sentence encoder: a text) gives at most."""
+        return 1 if self.sentence is not None and self.sentence.level == "text" else self.ctx_len
 
     @property
     def steps(self) -> int:
@@ -182,10 +226,11 @@ def resolve(
         choices = {name: _several(name, values) for name, values in sweep.sparsities.get(architecture, {}).items()}
         if not choices or not all(choices.values()):
             raise UserError(f"The sweep has no sparsities for '{architecture}': add them to demo_config.py.")
-        settings = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+        sparsities = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+        further = _plain(sweep.settings.get(architecture, {}))
         specs += [
-            DictionarySpec(architecture, hook_point, width, sparsity, lr, seed)
-            for width, sparsity, lr, seed in itertools.product(others[0], settings, *others[1:])
+            DictionarySpec(architecture, hook_point, width, sparsity, lr, seed, dict(further))
+            for width, sparsity, lr, seed in itertools.product(others[0], sparsities, *others[1:])
         ]
     for index, spec in enumerate(specs):
         if spec in specs[:index]:
@@ -193,7 +238,14 @@ def resolve(
     shared = {f.name for f in dataclasses.fields(Preset)} & {f.name for f in dataclasses.fields(RunConfig)}
     values = {name: getattr(preset, name) for name in shared}
     values |= {name: value for name, value in changes.items() if value is not None}
+    if values["sentence"] is not None:
+        values.setdefault("max_activation_norm_multiple", None)
     return RunConfig(dictionaries=specs, **values)
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As it will be read back from JSON."""
+    return json.loads(json.dumps(dict(settings)))
 
 
 def _several(name: str, values: Any) -> list[Any]:
@@ -224,7 +276,8 @@ def config_from_dict(data: Any, where: str = "configuration") -> RunConfig:
         first = next((e for e in errors if e["type"] == "unexpected_keyword_argument"), errors[0])
         place = f"field '{'.'.join(map(str, first['loc']))}'" if first["loc"] else "the top level"
         if first["type"] == "unexpected_keyword_argument":
-            owner = DictionarySpec if len(first["loc"]) > 1 else RunConfig
+            owners = {"dictionaries": DictionarySpec, "sentence": SentenceSettings}
+            owner = owners.get(str(first["loc"][0]), RunConfig) if len(first["loc"]) > 1 else RunConfig
             known = [f.name for f in dataclasses.fields(owner)]
             raise UserError(f"{where}: unknown {place}.{did_you_mean(first['loc'][-1], known)}") from None
         if first["type"] == "value_error":  # from __post_init__, which says it all

@@ -19,7 +19,8 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import dataclasses  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
-from typing import TYPE_CHECKING, Any  # noqa: E402
+from importlib.metadata import version  # noqa: E402
+from typing import TYPE_CHECKING, Any, cast  # noqa: E402
 
 import tyro  # noqa: E402
 
@@ -31,19 +32,15 @@ from dictionary_learning.hub_client import check_push  # noqa: E402
 
 if TYPE_CHECKING:
     from dictionary_learning.activations.language_model import TracedLM
+    from dictionary_learning.activations.sentence_encoder import SentenceActivations, SentenceEncoder
+    from dictionary_learning.activations.types import ActivationSource
+    from dictionary_learning.buffer import ActivationBuffer
     from dictionary_learning.corpus import Corpus, TextStream
     from dictionary_learning.packing import ContextPacker
     from dictionary_learning.training import TrainingRun
 
 INCOMPLETE_EXIT = 3  # the stream ended before the run did
 CHECKPOINTS = (0.01, 0.0316, 0.1, 0.316)  # of the run, with --save_checkpoints
-
-
-def best_device() -> str:
-    """What `--device auto` means here."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def load_model(config: RunConfig, device: Any) -> TracedLM:
@@ -82,7 +79,7 @@ def make_contexts(config: RunConfig, lm: TracedLM, corpus: Corpus, *, heldout: b
     return ContextPacker(stream, lm.tokenizer, ctx_len=config.ctx_len, batch_contexts=contexts)
 
 
-def make_trainers(config: RunConfig, lm: TracedLM, device: Any) -> list[Any]:
+def make_trainers(config: RunConfig, lm: TracedLM | SentenceEncoder, device: Any) -> list[Any]:
     """A trainer for every dictionary of the run."""
     from dictionary_learning.trainers import trainer_class
 
@@ -94,10 +91,51 @@ def make_trainers(config: RunConfig, lm: TracedLM, device: Any) -> list[Any]:
             layer=points[spec.hook_point].layer,
             lm_name=config.model_name,
             device=device,
+            encoder_dtype=config.encoder_dtype,
             **spec.trainer_arguments(),
         )
         for spec in config.dictionaries
     ]
+
+
+def make_source(config: RunConfig, lm: Any, corpus: Corpus) -> ActivationSource:
+    """The activations to train on, unmixed."""
+    from dictionary_learning import sentence_run
+    from dictionary_learning.activations.language_model import LanguageModelActivations
+
+    if config.sentence is not None:
+        return sentence_run.make_source(config, lm, make_stream(config, corpus, heldout=False), heldout=False)
+    return LanguageModelActivations(
+        lm,
+        make_contexts(config, lm, corpus, heldout=False),
+        config.hook_points,
+        remove_special=config.remove_bos,
+        max_activation_norm_multiple=config.max_activation_norm_multiple,
+    )
+
+
+def make_buffer(config: RunConfig, lm: Any, corpus: Corpus, device: Any) -> ActivationBuffer:
+    """The buffer that mixes them."""
+    from dictionary_learning.buffer import ActivationBuffer
+
+    shared: dict[str, Any] = {
+        "n_ctxs": config.buffer_contexts,
+        "ctx_len": config.rows_per_context,
+        "refresh_batch_size": config.harvest_contexts,
+        "out_batch_size": config.batch_size,
+        "device": device,
+        "seed": config.seed,
+    }
+    if config.sentence is not None:
+        return ActivationBuffer(None, make_source(config, lm, corpus), **shared)
+    return ActivationBuffer(
+        make_stream(config, corpus, heldout=False),
+        lm,
+        config.hook_points,
+        remove_bos=config.remove_bos,
+        max_activation_norm_multiple=config.max_activation_norm_multiple,
+        **shared,
+    )
 
 
 def run_training(
@@ -109,6 +147,7 @@ def run_training(
     overwrite: bool = False,
     dry_run: bool = False,
     save_checkpoints: bool = False,
+    profile: bool = False,
     state_every: int | None = None,
     log_steps: int | None = None,
     use_wandb: bool = False,
@@ -116,6 +155,8 @@ def run_training(
     wandb_entity: str = "",
     hf_repo_id: str | None = None,
     hf_private: bool = False,
+    max_temperature: float | None = None,
+    resume_temperature: float | None = None,
 ) -> int:
     """Run a whole job: stream, train, evaluate, write, push. The exit code: 0, 3 where the stream ended early, 4 where
     all is on the disk but the push failed, 128 + signal.
@@ -123,11 +164,11 @@ def run_training(
     Raises:
         UserError: anything about the configuration, the model, the corpus or the folder that can't be.
     """
-    from dictionary_learning import console, hub, planning, record
-    from dictionary_learning.activations.language_model import LanguageModelActivations
-    from dictionary_learning.activations.loading import resolve_device
-    from dictionary_learning.buffer import ActivationBuffer
+    from dictionary_learning import console, hub, planning, record, sentence_run
     from dictionary_learning.corpus import open_corpus
+    from dictionary_learning.device_guard import device_guard
+    from dictionary_learning.devices import resolve_device
+    from dictionary_learning.profiling import StepProfile
     from dictionary_learning.tracking import ProgressSink, Sink, WandbSink
     from dictionary_learning.training import TrainingRun
 
@@ -135,40 +176,22 @@ def run_training(
         raise UserError("--hf_private is about the Hub repository: it needs --hf_repo_id.")
     if hf_repo_id:
         check_push(hf_repo_id, "--hf_repo_id")
-    torch_device = resolve_device(best_device() if device == "auto" else device)
+    torch_device = resolve_device(device)
+    guards = device_guard(torch_device, max_temperature, resume_temperature)
     if not dry_run:
         storage.check_run_folder(save_dir, resume=resume, overwrite=overwrite)
     corpus = open_corpus(config.corpus)
-    lm = load_model(config, torch_device)
+    load = load_model if config.sentence is None else sentence_run.load_encoder
+    lm: Any = load(config, torch_device)
     save_steps = sorted({max(1, int(config.steps * part)) for part in CHECKPOINTS}) if save_checkpoints else []
     plan = planning.plan_run(config, lm, len(save_steps))
-    next(make_contexts(config, lm, corpus, heldout=True))  # an empty held-out part is found before the training
+    next(make_stream(config, corpus, heldout=True))  # an empty held-out part is found before the training
     if dry_run:
-        contexts = make_contexts(config, lm, corpus, heldout=False)
-        source = LanguageModelActivations(
-            lm,
-            contexts,
-            config.hook_points,
-            remove_special=config.remove_bos,
-            max_activation_norm_multiple=config.max_activation_norm_multiple,
-        )
+        source = make_source(config, lm, corpus)
         console.print_plan(config, planning.probe(plan, config, source, torch_device, planning.PROBE_SECONDS))
         return 0
     trainers = make_trainers(config, lm, torch_device)
-    buffer = ActivationBuffer(
-        make_stream(config, corpus, heldout=False),
-        lm,
-        config.hook_points,
-        n_ctxs=config.buffer_contexts,
-        ctx_len=config.ctx_len,
-        refresh_batch_size=config.harvest_contexts,
-        out_batch_size=config.batch_size,
-        device=torch_device,
-        remove_bos=config.remove_bos,
-        max_activation_norm_multiple=config.max_activation_norm_multiple,
-        seed=config.seed,
-    )
-
+    buffer = make_buffer(config, lm, corpus, torch_device)
     sinks: list[Sink] = [ProgressSink(plan.tokens, console.shown_trainers(config))]
     if use_wandb:
         sinks.append(
@@ -184,10 +207,14 @@ def run_training(
         log_steps=max(1, config.steps // 50) if log_steps is None else log_steps,
         sinks=sinks,
         normalize_activations=config.normalize_activations,
+        callbacks=[*([StepProfile(folder=save_dir / "profile")] if profile else []), *guards],
     )
     # What can be refused was refused: from here on files change.
     storage.prepare_run_folder(save_dir, resume=resume, overwrite=overwrite, bytes_needed=plan.disk_bytes)
     facts = record.run_record(config, lm, corpus)
+    if config.sentence is not None:
+        facts["versions"]["sentence-transformers"] = version("sentence-transformers")
+        facts["evaluation"] = sentence_run.EVALUATION
     if resume:
         record.check_resumable(save_dir, config, facts)
     storage.write_json(save_dir / "run.json", facts)
@@ -200,7 +227,10 @@ def run_training(
     console.print_plan(config, plan)
     began_at = run.step
     run.run()
-    console.print_stream_facts(run, buffer)
+    if config.sentence is None:
+        console.print_stream_facts(run, buffer)
+    else:
+        sentence_run.print_stream_facts(run, cast("SentenceActivations", buffer.source))
     facts |= {"steps_done": run.step, "tokens_done": run.tokens}
     if run.stopped in ("SIGINT", "SIGTERM"):
         run.tracker.close()
@@ -226,24 +256,33 @@ def run_training(
     return INCOMPLETE_EXIT if run.stopped else 0
 
 
-def evaluate_run(config: RunConfig, lm: TracedLM, corpus: Corpus, run: TrainingRun, save_dir: Path) -> None:
+def evaluate_run(config: RunConfig, lm: Any, corpus: Corpus, run: TrainingRun, save_dir: Path) -> None:
     """Evaluate the trained dictionaries on held-out text; write and print the results."""
     from tqdm import tqdm
 
-    from dictionary_learning import console
+    from dictionary_learning import console, sentence_run
     from dictionary_learning.evaluation import evaluate_dictionaries, sorted_along_front, write_summary
 
     dictionaries = list(zip((spec.hook_point for spec in config.dictionaries), run.dictionaries(), strict=True))
     with tqdm(total=config.eval_tokens, desc="evaluating", unit="tok", unit_scale=True, disable=None) as bar:
-        results = evaluate_dictionaries(
-            lm,
-            make_contexts(config, lm, corpus, heldout=True),
-            dictionaries,
-            max_tokens=config.eval_tokens,
-            remove_special=config.remove_bos,
-            max_activation_norm_multiple=config.max_activation_norm_multiple,
-            progress=lambda tokens: (bar.update(tokens - bar.n), None)[1],
-        )
+
+        def progress(rows: int) -> None:
+            bar.update(rows - bar.n)
+
+        if config.sentence is not None:
+            texts = make_stream(config, corpus, heldout=True)
+            source = sentence_run.make_source(config, lm, texts, heldout=True)
+            results = sentence_run.evaluate_on_source(source, dictionaries, config.eval_tokens, progress)
+        else:
+            results = evaluate_dictionaries(
+                lm,
+                make_contexts(config, lm, corpus, heldout=True),
+                dictionaries,
+                max_tokens=config.eval_tokens,
+                remove_special=config.remove_bos,
+                max_activation_norm_multiple=config.max_activation_norm_multiple,
+                progress=progress,
+            )
     rows = []
     for name, spec, trainer, result in zip(run.names, config.dictionaries, run.trainers, results, strict=True):
         storage.write_json(save_dir / name / "eval_results.json", result.to_dict())

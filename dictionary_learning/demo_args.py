@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dictionary_learning.config import Preset, RunConfig, Sweep, config_from_dict, load_config, resolve
 from dictionary_learning.errors import UserError, did_you_mean
 
+ENCODERS = ("language_model", "sentence")
+_SENTENCE = ("encoder", "level", "prompt", "normalize_embeddings")
+_SWEPT = ("layers", "site", "hook_points", "architectures", "widths", "seeds", "learning_rates")
+
 
 @dataclass
 class DemoArgs:
-    """Train a sweep of dictionaries on one stream of a language model's activations."""
+    """Train a sweep of dictionaries on one stream of a language model's or a sentence encoder's activations."""
 
     save_dir: Path
     """Folder of the run: new, empty, or with --resume that of an interrupted run."""
     preset: str = "embedded"
-    """Model, corpus and sizes that fit together, from demo_config.py: embedded, gpt2, gemma-2-2b."""
+    """Model, corpus and sizes that fit together, from demo_config.py: embedded, gpt2, gemma-2-2b, sentence."""
     config: Path | None = None
     """A .yaml, .json or run.json with a whole run configuration, in place of preset and sweep."""
     model_name: str | None = None
@@ -26,6 +31,15 @@ class DemoArgs:
     corpus: str | None = None
     """Text to train on: a file, a folder (.jsonl, .parquet, .txt, or raw medical QA records), hf://user/name,
     'medical_qa' (the six corpora on the Hub) or 'embedded'."""
+    encoder: str | None = None
+    """What the model is: language_model, or sentence (a sentence-transformers model). Left out, it follows from the
+    preset, a model_name below sentence-transformers/, or a folder with a modules.json."""
+    level: str | None = None
+    """Of a sentence encoder: text (one embedding a text, the default) or token (the states of its tokens)."""
+    prompt: str | None = None
+    """Of a sentence encoder: what to put before every text (left out, the model's own default)."""
+    normalize_embeddings: bool = False
+    """Of a sentence encoder: scale embeddings to unit length, whether or not the model does."""
     layers: tuple[int, ...] | None = None
     """Layers to train on."""
     site: str = "resid_post"
@@ -40,23 +54,31 @@ class DemoArgs:
     learning_rates: tuple[float, ...] | None = None
     """Peak learning rates; left out, a rule fits it to width and length."""
     num_tokens: int | None = None
-    """Activations to train on."""
+    """Activations to train on: tokens, or embeddings of texts."""
     batch_size: int | None = None
     """Activations in a training step."""
     ctx_len: int | None = None
-    """Tokens in a context."""
+    """Tokens in a context; of a sentence encoder, those at which a text is cut."""
     buffer_contexts: int | None = None
     """Contexts' worth of activations that the buffer mixes."""
     eval_tokens: int | None = None
     """Held-out activations to evaluate on."""
     dtype: str | None = None
     """Of the model: float32 or bfloat16."""
+    encoder_dtype: str | None = None
+    """Of the dictionaries' encoder product, whose codes stay exact: fp32, tf32 or bf16."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """auto (cuda, mps, cpu: the first that is there), cpu, cuda, cuda:1, mps."""
+    max_temperature: float | None = None
+    """Pause between steps while the GPU is hotter than this (degrees Celsius, told by NVML)."""
+    resume_temperature: float | None = None
+    """Until it is below this (default: 10 degrees less)."""
     seed: int | None = None
     """Of the order of the documents and the mixing of the buffer."""
     log_steps: int | None = None
     """Steps between log entries (default: 50 entries a run)."""
+    profile: bool = False
+    """Tell where ten steps spend their time; with a trace in SAVE_DIR/profile."""
     save_checkpoints: bool = False
     """Keep checkpoints of every dictionary at four points, spaced as powers of ten."""
     state_every: int | None = None
@@ -94,16 +116,13 @@ def resolve_config(args: DemoArgs) -> RunConfig:
             "buffer_contexts",
             "eval_tokens",
             "dtype",
+            "encoder_dtype",
             "seed",
         )
         if getattr(args, name) is not None
     }
     if args.config is not None:
-        swept = [
-            n
-            for n in ("layers", "site", "hook_points", "architectures", "widths", "seeds", "learning_rates")
-            if getattr(args, n) not in (None, (), DemoArgs.site)
-        ]
+        swept = [n for n in (*_SWEPT, *_SENTENCE) if getattr(args, n) not in (None, (), False, DemoArgs.site)]
         if swept:
             raise UserError(f"--config already says which dictionaries to train: leave out --{swept[0]} or --config.")
         if args.preset != DemoArgs.preset:
@@ -114,10 +133,14 @@ def resolve_config(args: DemoArgs) -> RunConfig:
         raise UserError(
             f"Unknown preset '{args.preset}': use one of {', '.join(presets)}.{did_you_mean(args.preset, presets)}"
         )
-    preset = presets[args.preset]
+    preset = with_encoder(args, presets)
     if args.hook_points and (args.layers or args.site != DemoArgs.site):
         raise UserError(f"Give either --hook_points or --{'layers' if args.layers else 'site'}, not both.")
     points = args.hook_points or [f"{args.site}_layer_{layer}" for layer in args.layers or preset.layers]
+    if preset.sentence is not None and not points:
+        if args.site != DemoArgs.site:
+            raise UserError(f"--site {args.site} is a place in a layer: add --layers.")
+        points = ["sentence_embedding" if preset.sentence.level == "text" else "token_embeddings"]
     return resolve(
         preset,
         sweep,
@@ -128,6 +151,52 @@ def resolve_config(args: DemoArgs) -> RunConfig:
         learning_rates=args.learning_rates,
         **given,
     )
+
+
+def with_encoder(args: DemoArgs, presets: Mapping[str, Preset]) -> Preset:
+    """The preset of the command line, with what it says about a sentence encoder.
+
+    Raises:
+        UserError: an unknown encoder, a preset of the other kind, an option of a sentence encoder without one.
+    """
+    preset = presets[args.preset]
+    found = "sentence" if preset.sentence is not None or names_sentence_encoder(args.model_name) else ENCODERS[0]
+    encoder = args.encoder or found
+    if encoder not in ENCODERS:
+        raise UserError(
+            f"Unknown encoder '{encoder}': use one of {', '.join(ENCODERS)}.{did_you_mean(encoder, ENCODERS)}"
+        )
+    if encoder == "language_model":
+        if preset.sentence is not None:
+            raise UserError(f"The preset '{args.preset}' is of a sentence encoder: leave out --encoder language_model.")
+        given = [name for name in _SENTENCE[1:] if getattr(args, name) not in (None, False)]
+        if given:
+            raise UserError(f"--{given[0]} is of a sentence encoder: add --preset sentence or --encoder sentence.")
+        return preset
+    if preset.sentence is None:
+        if args.preset != DemoArgs.preset or "sentence" not in presets:
+            raise UserError(
+                f"The preset '{args.preset}' is of a language model: for a sentence encoder give one that has sentence "
+                "settings in demo_config.py, such as --preset sentence."
+            )
+        preset = presets["sentence"]
+    settings = preset.sentence
+    assert settings is not None
+    if args.prompt is not None:
+        settings = replace(settings, prompt=args.prompt)
+    return replace(
+        preset,
+        sentence=replace(
+            settings, level=args.level or settings.level, normalize=args.normalize_embeddings or settings.normalize
+        ),
+    )
+
+
+def names_sentence_encoder(model_name: str | None) -> bool:
+    """Whether a model is known as a sentence encoder by its name, or by what its folder holds."""
+    if model_name is None:
+        return False
+    return model_name.startswith("sentence-transformers/") or (Path(model_name) / "modules.json").is_file()
 
 
 def load_demo_config() -> tuple[dict[str, Preset], Sweep]:

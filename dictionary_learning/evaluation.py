@@ -1,8 +1,8 @@
-"""How good is a dictionary? Metrics pooled over held-out activations, and the loss of the model that reads through it.
+"""How good is a dictionary to the model that reads through it? And the field's `evaluate` and `loss_recovered`.
 
-Pooled means: sums run over all tokens and are divided once, in float64. An average of per-batch ratios would depend on
-the batch size. One clean forward of the model gives the activations at every hook point and the original logits; each
-dictionary then costs one forward with its reconstruction in place, and each hook point one with zeros.
+One clean forward of the model gives the activations at every hook point and the original logits; each dictionary then
+costs one forward with its reconstruction in place, and each hook point one with zeros. Metrics and losses are pooled
+over all tokens (see `metrics.py`).
 
 Special tokens (BOS, separators), padding and activations of extreme norm, which dictionaries do not train on, keep
 their activation in those forwards and do not enter the metrics. The loss is taken where a reconstructed token predicts
@@ -11,162 +11,232 @@ an ordinary one.
 
 from __future__ import annotations
 
-import csv
+import copy
 import dataclasses
-import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from dictionary_learning.dictionary import Dictionary
 from dictionary_learning.errors import UserError
-from dictionary_learning.storage import atomic_file
+from dictionary_learning.metrics import EvalResult, PooledMetrics
+from dictionary_learning.summary import best_of, read_summary, sorted_along_front, write_summary
 
 if TYPE_CHECKING:
     from dictionary_learning.activations.language_model import TracedLM
     from dictionary_learning.packing import TokenBatch
 
+__all__ = [
+    "EvalResult",
+    "PooledMetrics",
+    "best_of",
+    "evaluate",
+    "evaluate_dictionaries",
+    "loss_recovered",
+    "read_summary",
+    "sorted_along_front",
+    "write_summary",
+]
 
-@dataclass(frozen=True)
-class EvalResult:
-    """Pooled metrics of one dictionary.
+TRACER_ARGS = {"use_cache": False, "output_attentions": False}
+UNLIMITED = 1 << 20  # tokens of a context, of a model that says no longest one
 
-    l0: mean number of active latents. frac_variance_explained: 1 - sum |x - x_hat|^2 / sum |x - mean x|^2.
-    mse: mean squared error an element. cossim: mean cosine of x and x_hat. l2_ratio: mean |x_hat| / |x| (both over
-    x other than 0). relative_reconstruction_bias: E|x_hat|^2 / E[x . x_hat], equation 10 of arXiv:2404.16014; 1 is
-    unbiased. frac_alive: share of latents that fired at all. tokens: activations measured. What is 0 / 0, as the
-    variance explained of activations that don't vary, is NaN.
-
-    With a language model: loss_original / _reconstructed / _zero: cross-entropy in nats a token with the activation
-    left, replaced by x_hat, set to zero. frac_recovered: (zero - reconstructed) / (zero - original). kl: mean
-    KL(original || reconstructed) of the next-token distributions, in nats. Without one they are None.
-    """
-
-    l0: float
-    frac_variance_explained: float
-    mse: float
-    cossim: float
-    l2_ratio: float
-    relative_reconstruction_bias: float
-    frac_alive: float
-    tokens: int
-    loss_original: float | None = None
-    loss_reconstructed: float | None = None
-    loss_zero: float | None = None
-    frac_recovered: float | None = None
-    kl: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, with None for what is not finite (JSON has no NaN)."""
-        values = dataclasses.asdict(self)
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-
-
-class PooledMetrics:
-    """Sums of what `EvalResult` needs, over any number of batches."""
-
-    def __init__(self, dictionary: Dictionary) -> None:
-        self.dictionary = dictionary
-        self.tokens = 0
-        self.device = dictionary.decoder_rows.device
-        home = "cpu" if self.device.type == "mps" else self.device  # MPS has no float64
-        self.fired_F = torch.zeros(dictionary.dict_size, dtype=torch.bool, device=home)
-        self.sum_D = torch.zeros(dictionary.activation_dim, dtype=torch.float64, device=home)
-        self.sums = torch.zeros(8, dtype=torch.float64, device=home)
-
-    @torch.no_grad()
-    def update(self, x_BD: Tensor) -> Tensor:
-        """Take in activations [B, D]; the reconstructions [B, D]."""
-        home = self.sums.device
-        x_BD = x_BD.to(self.device, self.dictionary.decoder_rows.dtype)
-        x_hat_BD, acts_BF = self.dictionary(x_BD, output_features=True)
-        active_BF = (acts_BF != 0).to(home)
-        x, x_hat = x_BD.to(home).double(), x_hat_BD.to(home).double()
-        x_norm_B, x_hat_norm_B, dot_B = x.norm(dim=1), x_hat.norm(dim=1), (x * x_hat).sum(1)
-        somewhere_B = x_norm_B != 0
-        self.tokens += len(x)
-        self.fired_F |= active_BF.any(0)
-        self.sum_D += x.sum(0)
-        self.sums += torch.stack(
-            [
-                active_BF.sum().double(),
-                (x - x_hat).pow(2).sum(),
-                x.pow(2).sum(),
-                x_hat.pow(2).sum(),
-                dot_B.sum(),
-                (dot_B / (x_norm_B * x_hat_norm_B).clamp_min(1e-30)).sum(),
-                (x_hat_norm_B / x_norm_B)[somewhere_B].sum(),
-                somewhere_B.sum().double(),
-            ]
-        )
-        return x_hat_BD
-
-    def result(self, **losses: float) -> EvalResult:
-        """The metrics so far.
-
-        Raises:
-            UserError: no activations were seen.
-        """
-        n = self.tokens
-        if n == 0:
-            raise UserError("There is nothing to evaluate on: no activations were given.")
-        active, error, square, square_hat, dot, cosines, ratios, somewhere = self.sums.tolist()
-        variance = square - self.sum_D.pow(2).sum().item() / n
-        varies = not variance <= 1e-12 * square  # less is rounding, and NaN stays NaN
-        return EvalResult(
-            l0=active / n,
-            frac_variance_explained=1 - error / variance if varies else math.nan,
-            mse=error / (n * len(self.sum_D)),
-            cossim=cosines / somewhere if somewhere else math.nan,
-            l2_ratio=ratios / somewhere if somewhere else math.nan,
-            relative_reconstruction_bias=square_hat / dot if dot else math.nan,
-            frac_alive=self.fired_F.double().mean().item(),
-            tokens=n,
-            **losses,
-        )
+Site: TypeAlias = "str | tuple[str, str]"  # a hook point, or the input and the output of a transcoder
 
 
 @torch.no_grad()
 def evaluate(
     dictionary: Dictionary,
-    activations: Iterable[Tensor],
-    *,
-    n_batches: int | None = None,
+    activations: Iterable[Any],
+    max_len: int = 128,
+    batch_size: int = 128,
+    io: str | None = None,
+    normalize_batch: bool = False,
+    tracer_args: Mapping[str, Any] = TRACER_ARGS,
+    device: torch.device | str | None = None,
+    n_batches: int | None = 1,
 ) -> dict[str, Any]:
     """Pooled metrics of a dictionary on batches of activations [B, D], as a dict with the names of `EvalResult`.
 
+    Of an `ActivationBuffer` over a language model also the losses, on as many further texts of its stream, with the
+    rows that the buffer keeps replaced.
+
+    Args:
+        activations: batches [..., D]; for a transcoder [B, 2, D].
+        max_len: tokens of a text, for the losses. batch_size: texts in a forward, and per batch of activations.
+        io: "out", "in" or "in_and_out"; by default the buffer's, "out" without one.
+        normalize_batch: scale each batch to a mean norm of sqrt(D) before the dictionary sees it.
+        tracer_args: of the model's forward; only `TRACER_ARGS`, which always hold.
+        device: where to evaluate; by default where the dictionary is.
+        n_batches: batches to read; None reads all there are.
+
     Raises:
-        UserError: no activations.
+        UserError: no activations, another io than the buffer's, several hook points, other tracer_args.
     """
-    pooled = PooledMetrics(dictionary)
-    for x_BD in itertools.islice(activations, n_batches):
-        pooled.update(x_BD)
-    return {name: value for name, value in dataclasses.asdict(pooled.result()).items() if value is not None}
+    _check_tracer_args(tracer_args)
+    buffer_io = getattr(activations, "io", "out" if io is None else io)
+    if io not in (None, buffer_io):
+        raise UserError(f"io is '{io}', but the buffer delivers '{buffer_io}'.")
+    if device is not None and str(device) not in (str(here := dictionary.decoder_rows.device), here.type):
+        dictionary = copy.deepcopy(dictionary).to(device)
+    pooled, read = PooledMetrics(dictionary), 0
+    for batch in itertools.islice(activations, n_batches):
+        x, target = _sides(batch, buffer_io)
+        scale = _scale(x) if normalize_batch else 1.0
+        pooled.update(x * scale, None if target is None else target * scale)
+        read += 1
+    result = pooled.result()
+    lm = getattr(getattr(activations, "source", None), "lm", None)
+    if lm is not None:
+        result = _with_losses(result, dictionary, activations, lm, max_len, batch_size, read, normalize_batch)
+    return {name: value for name, value in dataclasses.asdict(result).items() if value is not None}
+
+
+def _with_losses(
+    result: EvalResult,
+    dictionary: Dictionary,
+    buffer: Any,
+    lm: TracedLM,
+    max_len: int,
+    batch_size: int,
+    batches: int,
+    normalize_batch: bool,
+) -> EvalResult:
+    """The metrics, with the losses on the next `batches` x `batch_size` texts of the buffer's stream."""
+    texts: list[Any] = []
+    try:
+        while len(texts) < batches * batch_size:
+            texts.extend(buffer.text_batch(1))
+    except StopIteration:
+        if not texts:
+            warnings.warn("The texts of the buffer are used up: its losses were not measured.", stacklevel=3)
+            return result
+    contexts = _contexts(texts, lm, max_len, batch_size, getattr(buffer, "add_special_tokens", True))
+    points = buffer.hook_points
+    losses = evaluate_dictionaries(
+        lm,
+        contexts,
+        [((points[0], points[1]) if buffer.io == "in_and_out" else points[0], dictionary)],
+        remove_special=getattr(buffer, "remove_bos", False),
+        max_activation_norm_multiple=getattr(buffer, "max_activation_norm_multiple", None),
+        normalize_batch=normalize_batch,
+    )[0]
+    names = ("loss_original", "loss_reconstructed", "loss_zero", "frac_recovered", "kl")
+    return dataclasses.replace(result, **{name: getattr(losses, name) for name in names})
+
+
+@torch.no_grad()
+def loss_recovered(
+    text: Any,
+    model: Any,
+    submodule: Any,
+    dictionary: Dictionary,
+    max_len: int | None = None,
+    normalize_batch: bool = False,
+    io: str = "out",
+    tracer_args: Mapping[str, Any] = TRACER_ARGS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The model's loss as it is, with a dictionary's reconstructions in place, and with zeros in place.
+
+    Args:
+        text: a text, a list of texts, or token ids [contexts, tokens].
+        model: whatever `TracedLM.load` takes. submodule: a hook point of it, as `TracedLM.resolve` takes it.
+        max_len: tokens of a text; by default as many as the model takes.
+        (others: see `evaluate`)
+
+    Returns:
+        (original, reconstructed, zero): scalars, in nats a token.
+
+    Raises:
+        UserError: see `TracedLM.load` and `TracedLM.resolve`; nothing to predict.
+    """
+    from dictionary_learning.activations.language_model import TracedLM
+
+    _check_tracer_args(tracer_args)
+    if io not in ("in", "out", "in_and_out"):
+        raise UserError(f"io must be 'in', 'out' or 'in_and_out', got {io!r}.")
+    lm = TracedLM.load(model)
+    names = [lm.resolve(submodule, io=end)[0].name for end in ("in", "out") if end in io.split("_")]
+    texts = [text] if isinstance(text, str) else text
+    length = max_len or lm.max_positions or UNLIMITED
+    result = evaluate_dictionaries(
+        lm,
+        _contexts(texts, lm, length, len(texts)),
+        [(names[0] if len(names) == 1 else (names[0], names[1]), dictionary)],
+        remove_special=False,
+        normalize_batch=normalize_batch,
+    )[0]
+    values = (result.loss_original, result.loss_reconstructed, result.loss_zero)
+    return tuple(torch.tensor(value) for value in values)  # type: ignore[return-value]
+
+
+def _check_tracer_args(tracer_args: Mapping[str, Any]) -> None:
+    for name, value in tracer_args.items():
+        if name not in TRACER_ARGS or value != TRACER_ARGS[name]:
+            raise UserError(f"tracer_args can only be {TRACER_ARGS}, which always hold here, got {name}={value!r}.")
+
+
+def _sides(batch: Any, io: str) -> tuple[Tensor, Tensor | None]:
+    """The input of a dictionary in a batch, and of a transcoder its target."""
+    if io == "in_and_out":
+        return batch[:, 0], batch[:, 1]
+    if isinstance(batch, Mapping):
+        raise UserError(
+            f"The activations have several hook points ({', '.join(map(str, batch))}): evaluate each dictionary on its "
+            "own, or all at once with evaluate_dictionaries."
+        )
+    return batch, None
+
+
+def _scale(x: Tensor) -> Tensor:
+    """What brings the mean norm of rows [..., D] to sqrt(D)."""
+    return x.shape[-1] ** 0.5 / x.norm(dim=-1).mean()
+
+
+def _contexts(
+    texts: Any, lm: TracedLM, max_len: int, batch_size: int, add_special_tokens: bool = True
+) -> Iterator[TokenBatch]:
+    """Token contexts, one a text, cut at `max_len`; of token ids [C, L] those."""
+    from dictionary_learning.packing import ContextPacker, TokenBatch
+
+    if not isinstance(texts, Tensor) and len(texts) and not isinstance(texts[0], str):
+        texts = torch.stack([torch.as_tensor(row) for row in texts])
+    if not isinstance(texts, Tensor):
+        options: dict[str, Any] = {"packing": False, "add_special_tokens": add_special_tokens}
+        yield from ContextPacker(texts, lm.tokenizer, ctx_len=max_len, batch_contexts=batch_size, **options)
+        return
+    special = torch.tensor([] if lm._tokenizer is None else lm.tokenizer.all_special_ids)
+    for start in range(0, len(texts), batch_size):
+        tokens_CL = texts[start : start + batch_size, :max_len].cpu()
+        real_CL, unknown_CL = torch.ones_like(tokens_CL, dtype=torch.bool), torch.zeros_like(tokens_CL)
+        keep_CL = ~torch.isin(tokens_CL, special)
+        yield TokenBatch(tokens_CL, keep_CL, real_CL, unknown_CL, unknown_CL, unknown_CL, start)
 
 
 @torch.no_grad()
 def evaluate_dictionaries(
     lm: TracedLM,
     contexts: Iterable[TokenBatch],
-    dictionaries: Sequence[tuple[str, Dictionary]],
+    dictionaries: Sequence[tuple[Site, Dictionary]],
     *,
     max_tokens: int | None = None,
     remove_special: bool = True,
     max_activation_norm_multiple: float | None = None,
+    normalize_batch: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> list[EvalResult]:
     """Evaluate dictionaries at their hook points on token contexts.
 
     Args:
-        dictionaries: (hook point, dictionary that takes raw activations).
+        dictionaries: (hook point, dictionary that takes raw activations), or ((input, output), transcoder).
         max_tokens: stop behind the batch that reaches this many activations.
         remove_special, max_activation_norm_multiple: which activations count, as in `LanguageModelActivations`.
+        normalize_batch: scale activations to a mean norm of sqrt(D) for the dictionary, and its output back.
         progress: called with the activations measured so far.
 
     Raises:
@@ -176,10 +246,11 @@ def evaluate_dictionaries(
 
     if not dictionaries:
         return []
-    hook_points = list(dict.fromkeys(name for name, _ in dictionaries))
+    sites = [site if isinstance(site, tuple) else (site, site) for site, _ in dictionaries]
+    hook_points = list(dict.fromkeys(name for site in sites for name in site))
     pooled = [PooledMetrics(dictionary) for _, dictionary in dictionaries]
     losses = [_LossSums() for _ in dictionaries]
-    zeros = {name: _LossSums() for name in hook_points}
+    zeros = {replaced: _LossSums() for _, replaced in sites}
     for batch in contexts:
         logits_CLV, acts = lm.logits(batch.tokens_CL, capture=hook_points)
         keep_CL = (batch.keep_CL if remove_special else batch.real_CL).to(lm.device)
@@ -193,20 +264,22 @@ def evaluate_dictionaries(
                 .view_as(keep_CL)
             )
         measure = _LossMeter(batch.tokens_CL.to(lm.device), keep_CL, batch.keep_CL.to(lm.device), logits_CLV)
-        for name in hook_points:
+        for name in zeros:
             blank = acts[name].masked_fill(keep_CL[..., None], 0.0)
             zeros[name].add(*measure(lm.logits(batch.tokens_CL, replace={name: blank})[0]))
-        for (name, _), metrics, sums in zip(dictionaries, pooled, losses, strict=True):
-            x_hat_BD = metrics.update(acts[name][keep_CL].float())
-            patched = acts[name].clone()
+        for (read, replaced), metrics, sums in zip(sites, pooled, losses, strict=True):
+            x_BD, target_BD = acts[read][keep_CL].float(), acts[replaced][keep_CL].float()
+            scale = _scale(x_BD) if normalize_batch else 1.0
+            x_hat_BD = metrics.update(x_BD * scale, None if read == replaced else target_BD * scale) / scale
+            patched = acts[replaced].clone()
             patched[keep_CL] = x_hat_BD.to(patched)
-            sums.add(*measure(lm.logits(batch.tokens_CL, replace={name: patched})[0]))
+            sums.add(*measure(lm.logits(batch.tokens_CL, replace={replaced: patched})[0]))
         if progress is not None:
             progress(pooled[0].tokens)
         if max_tokens is not None and pooled[0].tokens >= max_tokens:
             break
     results = []
-    for (name, _), metrics, sums in zip(dictionaries, pooled, losses, strict=True):
+    for (_, name), metrics, sums in zip(sites, pooled, losses, strict=True):
         original, reconstructed, kl = sums.means()
         zero = zeros[name].means()[1]
         gap = zero - original
@@ -251,65 +324,3 @@ class _LossSums:
 
     def means(self) -> list[float]:
         return [total / self.count if self.count else math.nan for total in self.sums]
-
-
-# ----------------------------------------------------------------------------------------------- summary of a sweep
-
-
-def sorted_along_front(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a summary by hook point and L0, with `front` True for the best trade-offs: where no other dictionary of
-    that hook point has as low an L0 and recovers as much of the loss (or, without a loss, explains as much variance).
-    """
-
-    best: dict[Any, float] = {}
-    out = []
-    for row in sorted(rows, key=lambda row: (str(row.get("hook_point")), row["l0"], -_quality(row))):
-        best_so_far = best.get(row.get("hook_point"), -math.inf)
-        out.append({**row, "front": _quality(row) > best_so_far})
-        best[row.get("hook_point")] = max(_quality(row), best_so_far)
-    return out
-
-
-def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row of the best dictionary: on the front, the one that recovers most of the loss (or, without a loss,
-    explains most variance); of equals the sparsest."""
-    return max((row for row in rows if row["front"]), key=lambda row: (_quality(row), -row["l0"]))
-
-
-def _quality(row: dict[str, Any]) -> float:
-    values = (row.get("frac_recovered"), row["frac_variance_explained"])
-    return next((value for value in values if value is not None), -math.inf)
-
-
-def write_summary(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write `summary.csv`, one line a dictionary."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_file(path) as handle:
-        handle.write(text.getvalue())
-
-
-def read_summary(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `summary.csv` as they were written, along the front.
-
-    Raises:
-        UserError: not a summary of at least one dictionary.
-    """
-    numbers = {field.name for field in dataclasses.fields(EvalResult)} | {"lr"}
-    whole = ("width", "seed", "tokens")
-    words = ("trainer", "architecture", "hook_point", "sparsity")
-    try:
-        with path.open(encoding="utf-8", newline="") as handle:
-            rows: list[dict[str, Any]] = list(csv.DictReader(handle))
-        for row in rows:
-            for name in numbers & set(row):
-                row[name] = float(row[name]) if row[name] else None
-            row |= {name: int(float(row[name])) for name in whole} | {name: str(row[name]) for name in words}
-            row["front"] = row["front"] == "True"
-        if not any(row["front"] and row["l0"] is not None for row in rows):
-            raise ValueError("no dictionary is on the front")
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"'{path}' is not a run's summary ({type(error).__name__}: {error}).") from error
-    return rows

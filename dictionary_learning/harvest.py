@@ -23,7 +23,7 @@ import tyro
 from dictionary_learning import storage
 from dictionary_learning.activations.shards import COMPLETE, FORMAT, MANIFEST, VERSION, read_manifest
 from dictionary_learning.corpus import Text, TextStream
-from dictionary_learning.demo_args import load_demo_config
+from dictionary_learning.demo_args import load_demo_config, names_sentence_encoder
 from dictionary_learning.errors import UserError, did_you_mean, exit_code
 
 if TYPE_CHECKING:
@@ -123,6 +123,11 @@ def resolve_harvest(args: HarvestArgs) -> HarvestConfig:
             f"Unknown preset '{args.preset}': use one of {', '.join(presets)}.{did_you_mean(args.preset, presets)}"
         )
     preset = presets[args.preset]
+    if preset.sentence is not None or names_sentence_encoder(args.model_name):
+        raise UserError(
+            "harvest saves the activations of language models: a sentence encoder's are trained on by `sae-factory "
+            "train --preset sentence`, and given in Python by SentenceActivations."
+        )
     if args.hook_points and (args.layers or args.site != HarvestArgs.site):
         raise UserError(f"Give either --hook_points or --{'layers' if args.layers else 'site'}, not both.")
     points = args.hook_points or [f"{args.site}_layer_{layer}" for layer in args.layers or preset.layers]
@@ -152,14 +157,14 @@ def run_harvest(config: HarvestConfig, out: Path, *, device: str = "auto") -> di
     """
     from tqdm import tqdm
 
-    from dictionary_learning.activations.loading import resolve_device
     from dictionary_learning.activations.types import ActivationBatch, Provenance
     from dictionary_learning.activations.writer import ShardWriter, check_files, said_of
     from dictionary_learning.corpus import open_corpus
-    from dictionary_learning.demo import best_device, load_model
+    from dictionary_learning.demo import load_model
+    from dictionary_learning.devices import resolve_device
 
     begun = check_folder(out)
-    torch_device = resolve_device(best_device() if device == "auto" else device)
+    torch_device = resolve_device(device)
     corpus = open_corpus(config.corpus)
     lm = load_model(cast("RunConfig", config), torch_device)  # reads model_name, dtype and ctx_len
     source = make_source(config, lm, corpus)

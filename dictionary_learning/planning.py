@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dictionary_learning.activations.language_model import LanguageModelActivations, TracedLM
+from dictionary_learning.activations.language_model import TracedLM
+from dictionary_learning.activations.sentence_encoder import SentenceEncoder
+from dictionary_learning.activations.types import ActivationSource
 from dictionary_learning.buffer import check_capacity
 from dictionary_learning.config import DictionarySpec, RunConfig
-from dictionary_learning.errors import UserError
+from dictionary_learning.errors import UserError, did_you_mean
+from dictionary_learning.sentence_run import KEEP_MB
 from dictionary_learning.trainers import trainer_class
 
 FLOAT = 4  # bytes; dictionaries, their gradients and Adam's moments are float32
@@ -32,6 +34,7 @@ class Plan:
     disk_bytes: int
     steps: int
     tokens: int
+    unit: str = "tokens"
     harvest_rate: float | None = None
     training_rate: float | None = None
 
@@ -52,7 +55,7 @@ class Plan:
         rows = [
             ("dictionaries", f"{self.dictionaries:,}"),
             ("parameters", f"{self.parameters:,}"),
-            ("tokens", f"{self.tokens:,} in {self.steps:,} steps"),
+            (self.unit, f"{self.tokens:,} in {self.steps:,} steps"),
             (
                 "on the device",
                 f"{_size(self.device_bytes)} (model {_size(self.model_bytes)}, buffer "
@@ -69,22 +72,24 @@ class Plan:
         return rows
 
 
-def plan_run(config: RunConfig, lm: TracedLM, checkpoints: int = 0) -> Plan:
+def plan_run(config: RunConfig, lm: TracedLM | SentenceEncoder, checkpoints: int = 0) -> Plan:
     """The sizes of a run; times are filled in by `probe`.
 
     Raises:
         UserError: a dictionary that can't be, such as one with k > width; a hook point that the model lacks.
     """
     widths = {point.name: point.width for point in lm.resolve(config.hook_points)}
-    forward = config.harvest_contexts * config.ctx_len
-    check_capacity(config.buffer_contexts, config.ctx_len, forward, config.batch_size)
+    each = config.rows_per_context
+    check_capacity(config.buffer_contexts, each, config.harvest_contexts * each, config.batch_size)
     parameters = [_parameters(spec, widths[spec.hook_point]) for spec in config.dictionaries]
     itemsize = torch.empty((), dtype=lm.dtype).element_size()
-    buffer_rows = config.buffer_contexts * config.ctx_len
-    buffer_bytes = buffer_rows * sum(widths.values()) * itemsize
+    row_bytes = sum(widths.values()) * itemsize
+    buffer_bytes = config.buffer_contexts * each * row_bytes
     scratch = 4 * config.batch_size * max(spec.width for spec in config.dictionaries)  # pre-activations and their kin
     weights = sum(parameters) * FLOAT
-    state = 3 * weights + buffer_bytes
+    embeddings = config.sentence is not None and config.sentence.level == "text"
+    kept = min(int(KEEP_MB * 1e6), config.num_tokens * row_bytes) if embeddings else 0
+    state = 3 * weights + buffer_bytes + kept
     return Plan(
         dictionaries=len(config.dictionaries),
         parameters=sum(parameters),
@@ -94,13 +99,14 @@ def plan_run(config: RunConfig, lm: TracedLM, checkpoints: int = 0) -> Plan:
         disk_bytes=(1 + checkpoints) * weights + 3 * state,  # two states kept while a third is written
         steps=config.steps,
         tokens=config.steps * config.batch_size,
+        unit="embeddings" if embeddings else "tokens",
     )
 
 
 def probe(
     plan: Plan,
     config: RunConfig,
-    source: LanguageModelActivations,
+    source: ActivationSource,
     device: torch.device,
     seconds: float = PROBE_SECONDS,
 ) -> Plan:
@@ -125,7 +131,13 @@ def probe(
     for (architecture, width, d), count in kinds.items():
         spec = next(s for s in config.dictionaries if (s.architecture, s.width) == (architecture, width))
         trainer = trainer_class(architecture)(
-            steps=PROBE_STEPS, activation_dim=d, layer=None, lm_name=None, device=device, **spec.trainer_arguments()
+            steps=PROBE_STEPS,
+            activation_dim=d,
+            layer=None,
+            lm_name=None,
+            device=device,
+            encoder_dtype=config.encoder_dtype,
+            **spec.trainer_arguments(),
         )
         x_BD = torch.randn(config.batch_size, d, device=device) / d**0.5
         trainer.update(0, x_BD)
@@ -142,17 +154,13 @@ def probe(
 
 
 def _parameters(spec: DictionarySpec, activation_dim: int) -> int:
-    """Parameters of a dictionary, counted on one on the meta device, where nothing is drawn or filled."""
-    signature = inspect.signature(trainer_class(spec.architecture))
-    try:
-        signature.bind(steps=1, activation_dim=activation_dim, layer=None, lm_name=None, **spec.trainer_arguments())
-    except TypeError as error:  # the sparsity is no argument of this trainer
-        raise UserError(f"The settings of '{spec.label}' don't fit its architecture: {error}.") from error
-    cls = signature.parameters["dict_class"].default
-    given = {"activation_dim": activation_dim, **spec.trainer_arguments()}
-    with torch.device("meta"):
-        dictionary = cls(**{name: given[name] for name in inspect.signature(cls).parameters if name in given})
-    return sum(parameter.numel() for parameter in dictionary.parameters())
+    """Parameters of a dictionary: two rows of weights a latent, and at most three numbers besides; the decoder bias."""
+    known = trainer_class(spec.architecture).argument_names()
+    for name in spec.trainer_arguments():
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise UserError(f"The settings of '{spec.label}' don't fit its architecture: it has no '{name}'.{hint}")
+    return spec.width * (2 * activation_dim + 3) + activation_dim
 
 
 def _wait(device: torch.device) -> None:

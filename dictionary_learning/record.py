@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from dictionary_learning.corpus import Corpus
 
 
-def run_record(config: RunConfig, lm: TracedLM, corpus: Corpus) -> dict[str, Any]:
-    """What run.json says: the configuration, and what it ran on."""
+def package_versions() -> dict[str, str]:
+    """Of this program and of what it computes with."""
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"sae-factory": __version__, "python": sys.version.split()[0]}
@@ -28,12 +28,17 @@ def run_record(config: RunConfig, lm: TracedLM, corpus: Corpus) -> dict[str, Any
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "absent"
+    return versions
+
+
+def run_record(config: RunConfig, lm: TracedLM, corpus: Corpus) -> dict[str, Any]:
+    """What run.json says: the configuration, and what it ran on."""
     return {
         "status": "running",
         "config": config.to_dict(),
         "corpus_fingerprint": corpus.fingerprint,
         "model": storage.finite(lm.config),
-        "versions": versions,
+        "versions": package_versions(),
         "git_revision": git_revision(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -23,7 +23,7 @@ from dictionary_learning.storage import atomic_file, finite
 log = logging.getLogger("dictionary_learning")
 
 QUEUE_LIMIT = 4096  # log steps that Weights & Biases may be behind
-LOG_LINE = ("loss", "l0", "frac_variance_explained", "nz_frac", "lr")
+LOG_LINE = ("loss", "l0", "frac_variance_explained", "nz_frac", "lr", "heldout_loss", "heldout_frac_variance_explained")
 
 
 class Sink(Protocol):
@@ -156,9 +156,11 @@ class ProgressSink(SilentSink):
         from tqdm import tqdm
 
         few = {name: metrics[name] for name in self.shown if name in metrics}
-        self.bar.set_postfix_str(
-            ", ".join(f"{n}: L0 {m['l0']:.0f} FVE {m['frac_variance_explained']:.3f}" for n, m in few.items())
-        )
+        trained = {name: values for name, values in few.items() if "l0" in values}  # others are a callback's alone
+        if trained:
+            self.bar.set_postfix_str(
+                ", ".join(f"{n}: L0 {m['l0']:.0f} FVE {m['frac_variance_explained']:.3f}" for n, m in trained.items())
+            )
         if not self.lines:
             return
         elapsed = time.monotonic() - self._began

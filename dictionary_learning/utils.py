@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import io
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +80,40 @@ def hf_dataset_to_generator(dataset_name: str, split: str = "train", streaming: 
     from dictionary_learning.corpus import open_corpus
 
     return (text.text for text in open_corpus(f"hf://{dataset_name}", hub_split=split).read(0))
+
+
+def zst_to_generator(data_path: str | os.PathLike[str]) -> Iterator[str]:
+    """The `text` of every line of a .jsonl.zst file, one at a time.
+
+    Raises:
+        UserError: no such file, or the package `zstandard` is missing; while iterating, when the file is damaged or a
+            line has no text.
+    """
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UserError("Reading .zst files needs the package zstandard: pip install zstandard.") from error
+    path = Path(data_path).expanduser()
+    if not path.is_file():
+        raise UserError(f"There is no file '{path}'.")
+
+    def texts() -> Iterator[str]:
+        with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as raw:
+            lines = enumerate(io.TextIOWrapper(raw, encoding="utf-8"), 1)
+            while True:
+                try:
+                    number, line = next(lines, (0, ""))
+                except (zstandard.ZstdError, UnicodeDecodeError) as error:
+                    raise UserError(f"'{path}' is not readable as .jsonl.zst: {error}.") from error
+                if not line:
+                    return
+                try:
+                    text = json.loads(line)["text"]
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UserError(f"'{path}', line {number}, is not a JSON object with a \"text\".") from error
+                yield text
+
+    return texts()
 
 
 def get_submodule(model: Any, layer: int) -> Any:

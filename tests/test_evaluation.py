@@ -61,6 +61,8 @@ def brute_force(dictionary: Dictionary, x: Tensor) -> dict[str, float]:
         "frac_variance_explained": 1
         - (sum(((a - b) @ (a - b)).item() for a, b, _ in rows) / sum(((a - mean) @ (a - mean)).item() for a in x)),
         "mse": sum(((a - b) @ (a - b)).item() for a, b, _ in rows) / (n * x.shape[1]),
+        "l2_loss": sum((a - b).norm().item() for a, b, _ in rows) / n,
+        "l1_loss": sum(codes.abs().sum().item() for _, _, codes in rows) / n,
         "cossim": sum(((a @ b) / (a.norm() * b.norm())).item() for a, b, _ in rows) / n,
         "l2_ratio": sum((b.norm() / a.norm()).item() for a, b, _ in rows) / n,
         "relative_reconstruction_bias": sum((b @ b).item() for _, b, _ in rows)
@@ -76,7 +78,7 @@ def brute_force(dictionary: Dictionary, x: Tensor) -> dict[str, float]:
 @pytest.mark.parametrize("kind", range(3))
 def test_pooled_metrics_equal_brute_force_on_the_whole_set(kind: int) -> None:
     dictionary = random_dictionaries()[kind]
-    measured = evaluate(dictionary.double(), activations().double().split(17))
+    measured = evaluate(dictionary.double(), activations().double().split(17), n_batches=None)
     assert measured == pytest.approx(brute_force(dictionary, activations()), rel=1e-10)
     assert 0 < measured["frac_alive"] <= 1 and 0 < measured["l0"] < F
 
@@ -86,7 +88,7 @@ def test_metrics_do_not_depend_on_how_the_set_is_cut_into_batches(cuts: list[int
     x, dictionary = activations().double(), random_dictionaries()[0].double()
     ends = [0, *itertools.accumulate(cuts), len(x)]
     batches = [x[start:end] for start, end in itertools.pairwise(ends)]  # some of no rows
-    assert evaluate(dictionary, batches) == pytest.approx(evaluate(dictionary, [x]), rel=1e-12)
+    assert evaluate(dictionary, batches, n_batches=None) == pytest.approx(evaluate(dictionary, [x]), rel=1e-12)
 
 
 def test_a_known_dictionary_gives_the_numbers_of_the_formulas() -> None:
@@ -96,12 +98,14 @@ def test_a_known_dictionary_gives_the_numbers_of_the_formulas() -> None:
         dictionary.encoder.weight.copy_(torch.eye(4))
         dictionary.decoder.weight.copy_(torch.eye(4) / 2)
     x = torch.tensor([[3.0, 4.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0]])
-    result = evaluate(dictionary, [x[:1], x[1:]])
+    result = evaluate(dictionary, [x[:1], x[1:]], n_batches=None)
     assert result == pytest.approx(
         {
             "l0": 4 / 3,
             "frac_variance_explained": 1 - (30 / 4) / (30 - (4**2 + 6**2) / 3),
             "mse": (30 / 4) / 12,
+            "l2_loss": (5 + 1 + 2) / 2 / 3,
+            "l1_loss": (7 + 1 + 2) / 3,
             "cossim": 1.0,
             "l2_ratio": 0.5,
             "relative_reconstruction_bias": (30 / 4) / (30 / 2),  # shrunk by half: 1 would be unbiased

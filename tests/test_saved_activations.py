@@ -201,8 +201,8 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     assert "do not exist. Did you mean 'acts.safetensors'?" in message("act.safetensors")
     (tmp_path / "empty").mkdir()
     assert "holds no .safetensors shard" in message("empty")
-    (tmp_path / "acts.npy").write_bytes(b"")
-    assert "neither .safetensors nor .pt" in message("acts.npy")
+    (tmp_path / "acts.csv").write_bytes(b"")
+    assert "none of .safetensors, .pt, .npy, .npz, nor a folder" in message("acts.csv")
     assert "at least 1, got 0" in message("acts.safetensors", batch_rows=0)
 
     save_file({"a": torch.zeros(2, 3, 4)}, tmp_path / "3d.safetensors")

@@ -1,0 +1,126 @@
+"""`python -m benchmarks`: measure, print, draw and write RESULTS.md; or make the peers' environments.
+
+python -m benchmarks setup-peers            an environment for each peer (once)
+python -m benchmarks run                    everything (half an hour to an hour)
+python -m benchmarks run --quick --only step,stream
+python -m benchmarks report                 RESULTS.md and the plots anew from the saved results
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from benchmarks import memory, peers, results, scaling, step, stream
+
+SECTIONS: dict[str, ModuleType] = {"step": step, "stream": stream, "scaling": scaling, "memory": memory}
+
+
+@dataclass
+class Run:
+    """Measure, print tables, draw plots, and write the measured sections of RESULTS.md."""
+
+    quick: bool = False
+    """Fewer repetitions: the same sizes, less certain figures. Writes nothing unless --out is given."""
+    only: str = ",".join(SECTIONS)
+    """Sections to run, with commas between."""
+    threads: int | None = None
+    """Threads of every worker (torch's default otherwise)."""
+    out: Path | None = None
+    """Where RESULTS.md, results/ and plots/ go; benchmarks/ otherwise."""
+    step: step.Options = field(default_factory=step.Options)
+    stream: stream.Options = field(default_factory=stream.Options)
+    scaling: scaling.Options = field(default_factory=scaling.Options)
+    memory: memory.Options = field(default_factory=memory.Options)
+
+
+@dataclass
+class ReportAgain:
+    """Write RESULTS.md and the plots anew from the saved results."""
+
+    only: str = ",".join(SECTIONS)
+    out: Path = results.HERE
+
+
+@dataclass
+class SetupPeers:
+    """Make an environment for each peer in benchmarks/.venvs (several GB; needs a package index)."""
+
+    only: str = ",".join(peers.PEERS)
+
+
+Command = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[ReportAgain, tyro.conf.subcommand("report")]
+    | Annotated[SetupPeers, tyro.conf.subcommand("setup-peers")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code: 2 for a name that does not exist, 1 where a peer's environment can't be made."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    command = tyro.cli(Command, args=given, prog="python -m benchmarks", use_underscores=False)
+    known = peers.PEERS if isinstance(command, SetupPeers) else SECTIONS
+    names = command.only.split(",")
+    if unknown := [name for name in names if name not in known]:
+        print(f"Error: --only has {', '.join(unknown)}: use any of {', '.join(known)}.", file=sys.stderr)
+        return 2
+    if isinstance(command, SetupPeers):
+        outcome = peers.setup(names)
+        print("\n".join(f"{name}: {state}" for name, state in outcome.items()))
+        return 0 if set(outcome.values()) == {"ready"} else 1
+    console = Console(width=None if sys.stdout.isatty() else 220)
+    if isinstance(command, ReportAgain):
+        for name in names:
+            if saved := results.load(command.out, name):
+                publish(name, saved, command.out, console)
+        return 0
+    folder = command.out or (None if command.quick else results.HERE)
+    text = "python -m benchmarks " + shlex.join(given)
+    for name in names:
+        measured(name, command, folder, text, console)
+    return 0
+
+
+def measured(name: str, command: Run, folder: Path | None, text: str, console: Console) -> None:
+    """Measure one section, print it, and where there is a folder write it."""
+    module, options = SECTIONS[name], getattr(command, name)
+    if command.quick:
+        options = options.quick()
+    data = module.measure(options, command.threads)
+    if folder is None:
+        show(module.report(data, vars(options)), console)
+        return
+    results.save(folder, name, text, command.threads, vars(options), data)
+    saved = results.load(folder, name)
+    assert saved is not None
+    publish(name, saved, folder, console)
+
+
+def publish(name: str, saved: dict[str, Any], folder: Path, console: Console) -> None:
+    """Print a section, write it into RESULTS.md and draw its plots."""
+    module = SECTIONS[name]
+    report = module.report(saved["data"], saved["options"])
+    show(report, console)
+    module.plot(saved["data"], folder / "plots")
+    results.write_section(folder, name, report, saved)
+
+
+def show(report: results.Report, console: Console) -> None:
+    console.rule(report.title)
+    for table in report.tables:
+        table.show(console)
+    for remark in report.remarks:
+        console.print(remark)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
