@@ -1,7 +1,8 @@
 """`python -m benchmarks`: measure, print, draw and write RESULTS.md; or make the peers' environments.
 
 python -m benchmarks setup-peers            an environment for each peer (once)
-python -m benchmarks run                    everything (half an hour to an hour)
+python -m benchmarks run                    all but quality (half an hour to an hour)
+python -m benchmarks run --only quality --quality.acts FOLDER
 python -m benchmarks run --quick --only step,stream
 python -m benchmarks report                 RESULTS.md and the plots anew from the saved results
 """
@@ -19,9 +20,17 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from benchmarks import memory, peers, results, scaling, step, stream
+from benchmarks import memory, peers, quality, results, scaling, step, stream
+from dictionary_learning.errors import UserError
 
-SECTIONS: dict[str, ModuleType] = {"step": step, "stream": stream, "scaling": scaling, "memory": memory}
+SECTIONS: dict[str, ModuleType] = {
+    "step": step,
+    "stream": stream,
+    "scaling": scaling,
+    "memory": memory,
+    "quality": quality,
+}
+BY_DEFAULT = [name for name in SECTIONS if name != "quality"]  # which takes hours, and activations
 
 
 @dataclass
@@ -30,8 +39,8 @@ class Run:
 
     quick: bool = False
     """Fewer repetitions: the same sizes, less certain figures. Writes nothing unless --out is given."""
-    only: str = ",".join(SECTIONS)
-    """Sections to run, with commas between."""
+    only: str = ",".join(BY_DEFAULT)
+    """Sections to run, with commas between; quality, which takes hours and needs activations, only if it is named."""
     threads: int | None = None
     """Threads of every worker (torch's default otherwise)."""
     out: Path | None = None
@@ -40,6 +49,7 @@ class Run:
     stream: stream.Options = field(default_factory=stream.Options)
     scaling: scaling.Options = field(default_factory=scaling.Options)
     memory: memory.Options = field(default_factory=memory.Options)
+    quality: quality.Options = field(default_factory=quality.Options)
 
 
 @dataclass
@@ -85,8 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     folder = command.out or (None if command.quick else results.HERE)
     text = "python -m benchmarks " + shlex.join(given)
-    for name in names:
-        measured(name, command, folder, text, console)
+    try:
+        for name in names:
+            measured(name, command, folder, text, console)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -95,14 +109,30 @@ def measured(name: str, command: Run, folder: Path | None, text: str, console: C
     module, options = SECTIONS[name], getattr(command, name)
     if command.quick:
         options = options.quick()
-    data = module.measure(options, command.threads)
+    if isinstance(options, quality.Options):
+        data = accumulated(options, command.threads, folder, text)
+        text, given = options.published(text)
+    else:
+        data, given = module.measure(options, command.threads), vars(options)
     if folder is None:
-        show(module.report(data, vars(options)), console)
+        show(module.report(data, given), console)
         return
-    results.save(folder, name, text, command.threads, vars(options), data)
+    results.save(folder, name, text, command.threads, given, data)
     saved = results.load(folder, name)
     assert saved is not None
     publish(name, saved, folder, console)
+
+
+def accumulated(options: quality.Options, threads: int | None, folder: Path | None, text: str) -> dict[str, Any]:
+    """The rows saved before and those measured now, each saved as soon as it is there."""
+    text, given = options.published(text)
+    saved = results.load(folder, "quality") if folder else None
+
+    def keep(data: dict[str, Any]) -> None:
+        if folder is not None:
+            results.save(folder, "quality", text, threads, given, data)
+
+    return quality.measure(options, threads, command=text, done=saved and saved["data"], keep=keep)
 
 
 def publish(name: str, saved: dict[str, Any], folder: Path, console: Console) -> None:

@@ -20,8 +20,8 @@ many are left, and the host waits for that one number unless the forward is done
 
 from __future__ import annotations
 
-import importlib
 import contextlib
+import importlib
 import os
 from collections.abc import Iterator
 from typing import Any, Literal

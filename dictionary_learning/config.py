@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from dictionary_learning.errors import UserError, did_you_mean
 
@@ -64,7 +64,7 @@ class Preset:
     """Activations in a training step."""
     dtype: str = "float32"
     """Of the model and the buffer; dictionaries train in float32."""
-    encoder_dtype: str = "fp32"
+    encoder_dtype: Literal["fp32", "tf32", "bf16"] = "fp32"
     """Of the dictionaries' encoder product: fp32, tf32 or bf16."""
     eval_tokens: int = 20_000
     eval_contexts: int = 16
@@ -147,7 +147,7 @@ class RunConfig:
     max_activation_norm_multiple: float | None = 10.0
     normalize_activations: bool = True
     seed: int = 0
-    encoder_dtype: str = "fp32"
+    encoder_dtype: Literal["fp32", "tf32", "bf16"] = "fp32"
     sentence: SentenceSettings | None = None
     version: int = CONFIG_VERSION
 

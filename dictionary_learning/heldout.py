@@ -145,11 +145,12 @@ def _batches(activations: Any, rows: int) -> Iterator[Any]:
         sides = batch.values() if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else batch
         tensors = [torch.as_tensor(x) for x in sides]
         for x in tensors:
-            bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero() if x.ndim > 1 else ()
-            if len(bad):
-                raise UserError(
-                    f"The held-out activations have a NaN or an infinity in row {at + int(bad[0])} (batch {number})."
-                )
+            if x.ndim < 2:
+                raise UserError(f"Batch {number} of the held-out activations must be rows, got shape {list(x.shape)}.")
+            finite_N = torch.isfinite(x).flatten(1).all(1)
+            if not finite_N.all():
+                row = at + int((~finite_N).nonzero()[0])
+                raise UserError(f"The held-out activations have a NaN or an infinity in row {row} (batch {number}).")
         at += len(tensors[0])
         yield batch
 

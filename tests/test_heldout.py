@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -282,6 +283,7 @@ def test_a_resume_without_the_callback_is_refused(tmp_path: Path) -> None:
         ({"a": torch.zeros(3, D), "b": torch.zeros(4, D)}, r"as many rows at every hook point, got a: \[3, 12\]"),
         (torch.zeros(30, D).index_fill(0, torch.tensor([21]), float("nan")), "NaN or an infinity in row 21"),
         ([torch.zeros(8, D), torch.full((8, D), float("inf"))], r"row 8 \(batch 1\)"),
+        ([torch.zeros(8, D), torch.zeros(D)], r"Batch 1 .* must be rows, got shape \[12\]"),
         (3, "a tensor, a mapping or batches, got int"),
     ],
 )
@@ -299,3 +301,12 @@ def test_numbers_that_cannot_be_are_refused() -> None:
 def test_activations_of_another_width_are_refused_when_the_run_looks() -> None:
     with pytest.raises(UserError, match=f"expects activations of width {D}, the data has {D + 1}"):
         trainSAE(data(), [config("top_k")], 3, callbacks=[HeldOut(torch.randn(8, D + 1), 1)])
+
+
+def test_the_snippet_of_the_page_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    (snippet,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "HeldOut" in block]
+    monkeypatch.chdir(tmp_path)
+    names = {"trainSAE": trainSAE, "activations": activations(3000), "configs": [config("top_k")]}
+    exec(snippet, names)  # noqa: S102
+    assert load_dictionary("runs/one/trainer_0")[1]["trainer"]["best_step"] == names["data"].steps == 15

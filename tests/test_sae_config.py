@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -250,3 +251,12 @@ def test_a_resumed_trainer_goes_on_as_it_was() -> None:
 
 def test_the_defaults_are_those_of_the_page() -> None:
     assert SAEConfig(D, F, k=4).to_dict() | {"device": "auto"} == sae_config_from_dict(BASE).to_dict()
+
+
+def test_the_config_of_the_page_is_one() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    config = sae_config_from_dict(yaml.safe_load(block))
+    assert (config.k, config.epochs, config.save_best_only) == (32, 5, True)
+    for key in config.to_dict():
+        assert f"`{key}`" in page, key

@@ -113,7 +113,7 @@ class _Block(NamedTuple):
 
 
 class SavedActivations:
-    """An `ActivationSource` over saved rows: a .safetensors or .pt file, a folder of .safetensors shards, or those in a
+    """An `ActivationSource` over saved rows: a .safetensors, .pt, .npy or .npz file, a folder of shards, or those in a
     dataset on the Hub.
 
     A file holds one tensor [N, d], or one for each hook point with equal N. The rows of a folder are those of its

@@ -134,8 +134,8 @@ class Preactivations:
 
     Args:
         x_BD: the encoder's input.
-        encoder_dtype: precision of the dense product. Where it is less than fp32, it only proposes entries: they are
-            chosen, and their values computed, in full precision.
+        encoder_dtype: precision of the dense product. Where it is less than fp32, it only proposes entries: the k
+            largest are chosen, and all values computed, in full precision. (Which lie `above` a cutoff it decides.)
     """
 
     def __init__(self, x_BD: Tensor, encoder: Encoder, kernels: Kernels, encoder_dtype: EncoderDtype = "fp32") -> None:

@@ -27,7 +27,8 @@ class Annealing(SAETrainer):
     Args:
         sparsity_function: "Lp^p", mean over inputs of sum_i f_i^p; or "Lp", mean of (sum_i f_i^p)^(1/p).
         initial_sparsity_penalty: coefficient of the penalty at p_start.
-        anneal_start, anneal_end: steps of the first and the last change of p; None: half of the run, and its end.
+        anneal_start, anneal_end: steps of the first and the last change of p; None: half and nine tenths of the
+            run.
         p_start, p_end: p falls between them, linearly. "Lp" stops at 0.1, since it has no value at 0.
         n_sparsity_updates: number of changes (at most one a step), or "continuous": at every step in between.
         sparsity_queue_length: steps that enter the ratio of old to new penalty.
@@ -45,7 +46,7 @@ class Annealing(SAETrainer):
         sparsity_queue_length: int,
     ) -> None:
         start = self.steps // 2 if anneal_start is None else anneal_start
-        end = self.steps if anneal_end is None else anneal_end
+        end = max(start + 1, self.steps * 9 // 10) if anneal_end is None else anneal_end
         if sparsity_function not in get_args(SparsityFunction):
             raise UserError(f"sparsity_function must be 'Lp' or 'Lp^p', got {sparsity_function!r}.")
         if not 0 <= initial_sparsity_penalty < float("inf"):

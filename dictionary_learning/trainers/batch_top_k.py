@@ -36,7 +36,7 @@ class BatchTopKTrainer(TopKTrainer, architecture="batch_top_k"):
         lm_name: str | None,
         dict_class: type[Dictionary] = BatchTopKSAE,
         lr: float | None = None,
-        auxk_alpha: float = 1 / 32,
+        auxk_alpha: float = 1 / 8,
         warmup_steps: int | None = None,
         decay_start: int | None = None,
         threshold_beta: float | None = None,

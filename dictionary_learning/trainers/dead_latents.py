@@ -48,8 +48,8 @@ class AuxK:
     Args:
         alpha: weight in the loss, relative to the data's variance; 0 switches it off.
         size: dead latents that an input may use (the paper's k_aux).
-        dead_after_tokens: tokens without firing after which a latent counts as dead; None takes a tenth of the run,
-            at most the paper's 10 million.
+        dead_after_tokens: tokens without firing after which a latent counts as dead; None takes a thirtieth of the run,
+            at least ten steps, at most the paper's 10 million tokens.
     """
 
     def __init__(self, trainer: SAETrainer, alpha: float, size: int, dead_after_tokens: int | None) -> None:
@@ -105,7 +105,7 @@ class AuxK:
 
     def after_update(self, step: int, rows: int) -> None:
         if self.dead_after_tokens is None:
-            self.dead_after_tokens = min(10_000_000, max(1, self.trainer.steps // 10) * rows)
+            self.dead_after_tokens = min(10_000_000, max(10, self.trainer.steps // 30) * rows)
         if step % COUNT_INTERVAL == 0:
             self.some_dead = (self._count.read() or 0) > 0
             self._count.send(self.dead().sum())

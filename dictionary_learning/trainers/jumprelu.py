@@ -80,8 +80,6 @@ class JumpReluTrainer(SAETrainer, architecture="jump_relu"):
 
     ae: JumpReluAutoEncoder
 
-    learning_rate_factor = 0.6  # at TopK's rate a third of the latents dies, for the same explained variance
-
     def __init__(
         self,
         steps: int,

@@ -112,7 +112,7 @@ class DictionaryOptimizer:
         if excess is not None and self.adam.defaults["fused"]:
             self.adam.grad_scale = excess  # type: ignore[attr-defined]  # Adam divides by it as it reads
         elif excess is not None:
-            torch._foreach_div_([leaf.grad for leaf in self._moving()], excess)
+            torch._foreach_div_([leaf.grad for leaf in self.leaves.values() if leaf.grad is not None], excess)
 
     def forget(self, latents_N: Tensor) -> None:
         """Set the moments of some latents to zero."""

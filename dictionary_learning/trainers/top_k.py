@@ -37,8 +37,8 @@ class _ByKTrainer(SAETrainer):
         auxk_alpha: weight of AuxK.
         threshold_beta: memory of the running mean of the smallest kept activation, `ae.threshold`.
         threshold_start_step: first step that enters it; None takes half of the run, at most 1,000 steps.
-        dead_after_tokens: tokens without firing after which a latent counts as dead; None takes a tenth of the run,
-            at most the paper's 10 million.
+        dead_after_tokens: tokens without firing after which a latent counts as dead; None takes a thirtieth of the
+            run, at least ten steps, at most the paper's 10 million tokens.
     """
 
     ae: _ByK
@@ -131,7 +131,7 @@ class TopKTrainer(_ByKTrainer, architecture="top_k"):
         lm_name: str | None,
         dict_class: type[Dictionary] = AutoEncoderTopK,
         lr: float | None = None,
-        auxk_alpha: float = 1 / 32,
+        auxk_alpha: float = 1 / 8,
         warmup_steps: int | None = None,
         decay_start: int | None = None,
         threshold_beta: float = 0.999,

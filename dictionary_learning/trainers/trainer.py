@@ -130,7 +130,6 @@ class SAETrainer(ABC):
     """
 
     architecture: ClassVar[str]
-    learning_rate_factor: ClassVar[float] = 1.0  # of the automatic rate
 
     def __init_subclass__(cls, architecture: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -184,8 +183,7 @@ class SAETrainer(ABC):
         with seeded(seed):
             self.ae = dict_class(activation_dim, dict_size, **options).to(self.device)
 
-        rule = self.learning_rate_factor * automatic_learning_rate(dict_size, activation_dim, steps)
-        self.lr = rule if lr is None else lr
+        self.lr = automatic_learning_rate(dict_size, activation_dim, steps) if lr is None else lr
         self.warmup_steps = min(1000, int(steps * WARMUP_FRACTION)) if warmup_steps is None else warmup_steps
         self.scheduler, self.decay_start = scheduler, decay_start
         if scheduler == "wsd" and decay_start is None:
@@ -234,15 +232,21 @@ class SAETrainer(ABC):
             out = self.compute_loss(x_BD, y_BD, step)
         self._optimizer.zero_grad()
         with span("backward"):
-            (out.loss / self.input_scale**2).backward()
+            (out.loss / self.unit**2).backward()
         lr = self.lr * self._lr_scale(step) * (1.0 if self.plateau is None else self.plateau.factor)
         with span("optimiser"):
-            self._optimizer.step(lr, self.input_scale, self.grad_clip_norm)
+            self._optimizer.step(lr, self.unit, self.grad_clip_norm)
         self.last = out.detach()
         self.tokens_since_fired_F += len(x_BD)
         self.tokens_since_fired_F.masked_fill_(out.fired_F, 0)
         self.after_update(x_BD, y_BD, step, self.last)
         return self.last.loss
+
+    @property
+    def unit(self) -> float:
+        """The root mean square of a coordinate of the data. Measured in it, the data has a mean squared norm of D, as
+        the field scales it; so are the loss, whose gradient is clipped, and the steps of biases and thresholds."""
+        return self.input_scale / self.ae.output_dim**0.5
 
     def _batch(self, activations: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
         x_BD = activations.to(self.device, torch.float32)

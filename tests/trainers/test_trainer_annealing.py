@@ -36,9 +36,9 @@ def test_continuous_annealing_changes_p_at_every_step() -> None:
     assert annealed(n_sparsity_updates=1000).config["n_sparsity_updates"] == 21  # at most one a step
 
 
-def test_the_defaults_are_the_second_half_of_the_run() -> None:
+def test_the_defaults_lie_in_the_second_half_of_the_run() -> None:
     config = make("p_anneal", anneal_start=None, steps=100).config
-    assert (config["anneal_start"], config["anneal_end"], config["p_start"], config["p_end"]) == (50, 100, 1, 0)
+    assert (config["anneal_start"], config["anneal_end"], config["p_start"], config["p_end"]) == (50, 90, 1, 0)
 
 
 @every

@@ -78,7 +78,7 @@ def test_a_bf16_encoder_explains_as_much(architecture: str) -> None:
         train(trainer, data)
         assert all(p.dtype == torch.float32 and p.isfinite().all() for p in trainer.ae.parameters())
         found.append(explained(trainer, x))
-    assert found[1] == pytest.approx(found[0], abs=0.002) and found[0] > 0.5
+    assert found[1] > found[0] - 0.002 and found[0] > 0.5  # runs drift apart: some end up higher by more than that
 
 
 @pytest.mark.parametrize("target_l0", [3.0, 8.0])

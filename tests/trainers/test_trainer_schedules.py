@@ -60,10 +60,10 @@ def test_a_decay_outside_the_run_or_in_the_warmup_is_refused(decay: int) -> None
 
 
 def test_the_automatic_rate_falls_with_width_and_length_and_has_a_ceiling() -> None:
-    assert automatic_learning_rate(3072, 384, 1500) == pytest.approx(2e-3)
-    assert automatic_learning_rate(4 * 3072, 384, 1500) == pytest.approx(1e-3)
-    assert automatic_learning_rate(3072, 4 * 384, 1500) == pytest.approx(1e-3)
-    assert automatic_learning_rate(3072, 384, 8 * 1500) == pytest.approx(1e-3)
+    assert automatic_learning_rate(3072, 384, 1500) == pytest.approx(3e-3)
+    assert automatic_learning_rate(4 * 3072, 384, 1500) == pytest.approx(1.5e-3)
+    assert automatic_learning_rate(3072, 4 * 384, 1500) == pytest.approx(1.5e-3)
+    assert automatic_learning_rate(3072, 384, 8 * 1500) == pytest.approx(1.5e-3)
     assert automatic_learning_rate(8, 8, 1) == 1e-2
 
 
@@ -81,7 +81,7 @@ def test_an_update_uses_the_rate_of_its_step_and_the_log_says_so(architecture: s
 def test_settings_left_out_fit_a_run_of_any_length(architecture: str, steps: int) -> None:
     trainer = make(architecture, steps=steps, **({"anneal_start": None} if "anneal" in architecture else {}))
     config = trainer.config
-    assert config["lr"] == trainer.learning_rate_factor * automatic_learning_rate(F, D, steps)
+    assert config["lr"] == automatic_learning_rate(F, D, steps)
     assert config["warmup_steps"] == min(1000, steps // 20)
     assert config["decay_start"] == pytest.approx(steps * 2 / 3, abs=1)
 

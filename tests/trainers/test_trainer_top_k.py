@@ -152,7 +152,7 @@ def test_auxk_revives_dead_latents() -> None:
 
 
 def test_auxk_costs_nothing_while_no_latent_is_dead() -> None:
-    trainer = train(top_k(), batches(COUNT_INTERVAL + 2))
+    trainer = train(top_k(dead_after_tokens=100 * B), batches(COUNT_INTERVAL + 2))
     assert trainer.last is not None and "auxk_loss" not in trainer.last.terms
     assert trainer.metrics(batches(1)[0])["dead_latents"] == 0
 
@@ -187,11 +187,12 @@ def test_the_decoder_bias_enters_auxk_once(architecture: str) -> None:
     )
 
 
-def test_dead_after_tokens_defaults_to_a_tenth_of_the_run() -> None:
-    trainer = top_k(steps=50)
+@pytest.mark.parametrize(("steps", "batches_without"), [(600, 20), (50, 10)])
+def test_dead_after_tokens_defaults_to_a_thirtieth_of_the_run(steps: int, batches_without: int) -> None:
+    trainer = top_k(steps=steps)
     assert trainer.config["dead_after_tokens"] is None  # the batch is not known yet
     trainer.update(0, batches(1)[0])
-    assert trainer.config["dead_after_tokens"] == 5 * B
+    assert trainer.config["dead_after_tokens"] == batches_without * B
 
 
 # ------------------------------------------------------------------------------------------------- batches, groups
