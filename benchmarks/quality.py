@@ -142,7 +142,7 @@ def measure(
         options.acts, options.corpus, options.encoder, options.layer, options.max_tokens, options.heldout
     )
     sizes = {name: getattr(options, name) for name in ("steps", "batch", "m", "k")}
-    data = {"sizes": sizes, "acts": quality_acts.description(acts), "rows": []}
+    data: dict[str, Any] = {"sizes": sizes, "acts": quality_acts.description(acts), "rows": []}
     if done is not None:
         for name in ("sizes", "acts"):
             if done[name] != data[name]:

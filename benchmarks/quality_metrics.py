@@ -32,11 +32,16 @@ def measure(path: Path, info: dict[str, Any], k: int, heldout_ND: Tensor) -> dic
     arrays = load_file(path)
     own_BD = arrays.pop("own_x_hat_BD")
     coder = Coder(
-        **{name: arrays[name] for name in ("encoder_FD", "encoder_bias_F", "decoder_FO", "decoder_bias_O")},
-        activation=info["activation"],
-        subtracts_bias=info["subtracts_bias"],
+        arrays["encoder_FD"],
+        arrays["encoder_bias_F"],
+        arrays["decoder_FO"],
+        arrays["decoder_bias_O"],
+        info["activation"],
+        info["subtracts_bias"],
         k=k if info["activation"] in ("topk", "groupmax") else None,
-        **{name: arrays.get(name) for name in ("threshold_F", "r_mag_F", "mag_bias_F")},
+        threshold_F=arrays.get("threshold_F"),
+        r_mag_F=arrays.get("r_mag_F"),
+        mag_bias_F=arrays.get("mag_bias_F"),
     )
     dictionary = to_dictionary(coder)
     x_BD = heldout_ND[: len(own_BD)]

@@ -154,8 +154,8 @@ def report(data: dict[str, Any]) -> Report:
         f"{acts['train_rows']:,} rows to train on, {acts['eval_rows']:,} held-out rows"
     )
     beside = Table(
-        f"Explained variance at L0 = {k}, ours at our defaults beside the best setting of any peer ({setting}). Mean of "
-        "the seeds, and each in parentheses; the difference is to the best of all peers at each seed.",
+        f"Explained variance at L0 = {k}, ours at our defaults beside the best setting of any peer ({setting}). Mean "
+        "of the seeds, and each in parentheses; the difference is to the best of all peers at each seed.",
         [
             "architecture",
             "our L0",
@@ -200,11 +200,11 @@ def place(row: dict[str, Any]) -> int:
 
 def remarks(rows: Sequence[dict[str, Any]], k: int) -> list[str]:
     said = [
-        "All trainers see the same rows in the same order at each seed. Every dictionary is handed over as arrays whose "
-        "reconstructions are checked against its own forward, and is measured by one function on the held-out rows, "
-        "pooled, the variance taken about the mean. Peers run at their defaults but for what the setting says; their "
-        "warm-ups are cut to 100 steps, in shorter runs to a tenth. Ours train on activations of unit mean squared norm "
-        "(the default of a run's configuration), and the factor is folded into the weights.",
+        "All trainers see the same rows in the same order at each seed. Every dictionary is handed over as arrays, "
+        "whose reconstructions are checked against its own forward, and is measured by one function on the held-out "
+        "rows, pooled, the variance taken about the mean. Peers run at their defaults but for what the setting says; "
+        "their warm-ups are cut to 100 steps, in shorter runs to a tenth. Ours train on activations of unit mean "
+        "squared norm (the default of a run's configuration), and the factor is folded into the weights.",
         f"Peers count as the best only with an L0 within {NEAR:.0%} of {k} on every seed; both L0 are shown. Where a "
         "peer has no control over L0, its explained variance is interpolated linearly in log L0 between the two "
         "penalties around it, for each seed, and the row says so.",

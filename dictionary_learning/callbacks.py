@@ -1,7 +1,8 @@
 """What a run calls behind every step, and what it takes from there.
 
-A callback is any `callback(run, step)`. Three things it may do besides: return metrics, {trainer: {name: number}}, that
-are logged with those of the step; have `state_dict()` and `load_state_dict()`, which go into the run's state, so that a
+A callback is any `callback(run, step)`, called when the step has been logged. Three things it may do besides: with a true
+attribute `reports` it is called before that, and returns metrics, {trainer: {name: number}}, that are logged with those
+of the step; have `state_dict()` and `load_state_dict()`, which go into the run's state, so that a
 resume is exact; and have `best`, {number of a trainer: `Best`}, the dictionaries that are the run's results in place of
 the last ones.
 """
@@ -35,13 +36,21 @@ class Best(NamedTuple):
         return {"best_step": self.step, "best_heldout_loss": self.loss}
 
 
-def call_all(callbacks: Sequence[Callback], run: TrainingRun, step: int) -> dict[str, dict[str, float]]:
-    """Call each; the metrics that they return, merged."""
+def reports(callbacks: Sequence[Callback], run: TrainingRun, step: int) -> dict[str, dict[str, float]]:
+    """Call those that report; their metrics, merged."""
     merged: dict[str, dict[str, float]] = {}
     for callback in callbacks:
-        for name, values in (callback(run, step) or {}).items():
-            merged.setdefault(name, {}).update(values)
+        if getattr(callback, "reports", False):
+            for name, values in (callback(run, step) or {}).items():
+                merged.setdefault(name, {}).update(values)
     return merged
+
+
+def call_others(callbacks: Sequence[Callback], run: TrainingRun, step: int) -> None:
+    """Call those that don't report."""
+    for callback in callbacks:
+        if not getattr(callback, "reports", False):
+            callback(run, step)
 
 
 def best_of(callbacks: Sequence[Callback], index: int) -> Best | None:

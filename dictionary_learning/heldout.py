@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ class HeldOut:
     Raises:
         UserError: no activations, or values that are not finite; a bad number.
     """
+
+    reports: ClassVar[bool] = True  # its metrics are logged with those of the step
 
     def __init__(
         self,

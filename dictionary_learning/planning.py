@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -154,13 +155,17 @@ def probe(
 
 
 def _parameters(spec: DictionarySpec, activation_dim: int) -> int:
-    """Parameters of a dictionary: two rows of weights a latent, and at most three numbers besides; the decoder bias."""
+    """Parameters of a dictionary, counted on one on the meta device, where nothing is drawn or filled."""
     known = trainer_class(spec.architecture).argument_names()
     for name in spec.trainer_arguments():
         if name not in known:
             hint = did_you_mean(name, known)
             raise UserError(f"The settings of '{spec.label}' don't fit its architecture: it has no '{name}'.{hint}")
-    return spec.width * (2 * activation_dim + 3) + activation_dim
+    given = {"activation_dim": activation_dim, "group_sizes": [spec.width], **spec.trainer_arguments()}
+    cls = inspect.signature(trainer_class(spec.architecture)).parameters["dict_class"].default
+    with torch.device("meta"):
+        dictionary = cls(**{name: given[name] for name in inspect.signature(cls).parameters if name in given})
+    return sum(parameter.numel() for parameter in dictionary.parameters())
 
 
 def _wait(device: torch.device) -> None:

@@ -140,7 +140,7 @@ class TrainingRun:
         self.step += 1
         self.tokens += len(next(iter(parts.values())))
         self.tracker.advance(self.step, self.tokens)
-        metrics = called.call_all(self.callbacks, self, self.step)
+        metrics = called.reports(self.callbacks, self, self.step)
         if self.log_steps and (self.step % self.log_steps == 0 or self.step == self.steps):
             mixing = self.data.mixing() if isinstance(self.data, ActivationBuffer) else {}
             batches = zip(self.trainers, self._batches_of(parts), strict=True)
@@ -151,6 +151,7 @@ class TrainingRun:
                     self.tracker.message(f"Warning: the loss of {name} is {values['loss']} at step {self.step:,}.")
         if metrics:
             self.tracker.metrics(self.step, self.tokens, metrics)
+        called.call_others(self.callbacks, self, self.step)
         if self.save_dir is not None:
             if self.step in self.save_steps:
                 for index in range(len(self.trainers)):

@@ -128,7 +128,7 @@ def test_a_stop_request_ends_the_pause_at_once(hot: Any) -> None:
 
     guard._sleep = sleep_until_interrupted
     guard(run, 1)
-    assert 2.5 < clock.now < 3.0
+    assert 2.5 < clock.now < 3.0 and len(run.messages) == 1, "it left with the sensor whole and still hot"
 
 
 def test_without_cuda_it_does_nothing_and_says_so_once() -> None:

@@ -19,12 +19,19 @@ from dictionary_learning.planning import Plan, plan_run, probe
 from dictionary_learning.trainers import TRAINERS, trainer_class
 
 D, BATCH, CTX = 8, 32, 16
-SPARSITY = {"top_k": {"k": 4.0}, "jump_relu": {"target_l0": 4.0}, "standard": {"l1_penalty": 0.1}}
+SPARSITY = {
+    **dict.fromkeys(("top_k", "batch_top_k", "matryoshka_batch_top_k", "group_max"), {"k": 4.0}),
+    **dict.fromkeys(("standard", "standard_april_update", "gated"), {"l1_penalty": 0.1}),
+    **dict.fromkeys(("p_anneal", "gated_anneal"), {"initial_sparsity_penalty": 0.1}),
+    "jump_relu": {"target_l0": 4.0},
+}
+SETTINGS: dict[str, dict[str, Any]] = {"matryoshka_batch_top_k": {"group_fractions": [0.25, 0.75]}}
 POINTS = ("resid_post_layer_0", "mlp_in_layer_1")
 
 
 def spec(architecture: str, width: int = 32, hook_point: str = POINTS[0], **sparsity: float) -> DictionarySpec:
-    return DictionarySpec(architecture, hook_point, width, {**SPARSITY[architecture], **sparsity})
+    settings = SETTINGS.get(architecture, {})
+    return DictionarySpec(architecture, hook_point, width, {**SPARSITY[architecture], **sparsity}, settings=settings)
 
 
 def config(*specs: DictionarySpec, **changes: Any) -> RunConfig:
@@ -54,7 +61,7 @@ def source(lm: TracedLM, *points: str, texts: Any = None) -> LanguageModelActiva
 
 @pytest.mark.parametrize("architecture", sorted(TRAINERS))
 def test_the_parameters_are_those_of_the_trainers(lm: TracedLM, architecture: str) -> None:
-    specs = [spec(architecture, width) for width in (32, 57)]
+    specs = [spec(architecture, width) for width in (32, 56)]
     trainers = [
         trainer_class(architecture)(
             steps=10, activation_dim=D, layer=0, lm_name="toy", device="cpu", **s.trainer_arguments()
@@ -94,7 +101,7 @@ def test_what_cannot_be_built_is_refused_before_anything_runs(lm: TracedLM) -> N
         (spec("top_k", 32, k=0), "k must be a positive integer"),
         (spec("top_k", hook_point="resid_post_layer_2"), "Layer 2 .*has layers 0 to 1"),
         (dataclasses.replace(spec("top_k"), architecture="topk"), "Unknown architecture 'topk'"),
-        (spec("standard", kk=4), "settings of 'standard .*kk=4.* unexpected keyword argument 'kk'"),
+        (spec("standard", kk=4), "settings of 'standard .*kk=4.* it has no 'kk'"),
         (spec("standard", steps=4), "settings of 'standard .*multiple values for keyword argument 'steps'"),
         (dataclasses.replace(spec("top_k"), sparsity={}), "settings of 'top_k .*missing a required argument: 'k'"),
     ):
@@ -166,7 +173,7 @@ def test_a_short_probe_of_real_trainers_gives_positive_rates_and_names_them(lm: 
     assert dataclasses.replace(plan, harvest_rate=None, training_rate=None) == bare
     names = [name for name, _ in plan.lines()]
     assert names == [*(name for name, _ in bare.lines()), "harvest", "training", "estimated time"]
-    assert dict(plan.lines())["dictionaries"] == "6"
+    assert dict(plan.lines())["dictionaries"] == str(2 * len(TRAINERS))
 
 
 def test_a_stream_that_ends_during_the_probe_leaves_the_time_open(lm: TracedLM) -> None:

@@ -238,6 +238,20 @@ def test_it_trains_in_bfloat16(options: dict[str, Any]) -> None:
     assert rough.last.loss.item() == pytest.approx(exact.last.loss.item(), rel=0.1)
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_auxk_does_not_depend_on_the_units_either(activation: str) -> None:
+    config = sae_config_from_dict(BASE | PLAIN | {"activation": activation, "lr": 1e-4})
+    terms = []
+    for scale in (1.0, 64.0):
+        trainer = config.trainer(20, device="cpu")
+        x = scale * activations(B)
+        trainer.update(0, x)
+        trainer.tokens_since_fired_F[::2] = 10**9
+        trainer.auxk.some_dead = True
+        terms.append(trainer.compute_loss(x, x, 1).terms["auxk_loss"].item())
+    assert terms[0] > 0 and terms[1] == pytest.approx(terms[0], rel=1e-2)
+
+
 def test_a_resumed_trainer_goes_on_as_it_was() -> None:
     config = sae_config_from_dict(BASE)
     one = config.trainer(40, device="cpu", dead_after_tokens=B)

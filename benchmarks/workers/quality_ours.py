@@ -1,5 +1,5 @@
-"""Ours: each trainer at its defaults but for the sizes and the asked L0, on activations of unit mean squared norm as a
-run's configuration has them by default; the factor is folded into the weights, so that the dictionary takes raw rows."""
+"""Ours: each trainer at its defaults but for the sizes and the asked L0, on activations of unit mean squared norm, as
+a run's configuration has them by default. The factor is folded into the weights, so the dictionary takes raw rows."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class SparseAutoencoderTrainer(SAETrainer):
         tie_weights: bool = False,
         unit_norm_decoder: bool = True,
         lr: float | None = None,
-        auxk_alpha: float = 1 / 32,
+        auxk_alpha: float = 1 / 8,
         dead_after_tokens: int | None = None,
         warmup_steps: int | None = None,
         sparsity_warmup_steps: int | None = None,

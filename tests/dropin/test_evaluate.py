@@ -96,7 +96,7 @@ def mlp(lm: TracedLM) -> str:
     return lm.resolve(f"mlp_out_layer_{LAYER}")[0].path
 
 
-class ScaleAware(IdentityDict):
+class _ScaleAware(IdentityDict):
     """The identity that remembers the mean norm of what it was given."""
 
     def encode(self, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class ScaleAware(IdentityDict):
 
 
 def test_normalised_batches_have_a_mean_norm_of_sqrt_d_and_reconstructions_come_back_in_raw_units(lm: TracedLM) -> None:
-    seen = ScaleAware(D)
+    seen = _ScaleAware(D)
     x = 7 * torch.randn(40, D)
     raw = evaluate(dictionary(), [x * (D**0.5 / x.norm(dim=-1).mean())])
     assert evaluate(dictionary(), [x], normalize_batch=True) == pytest.approx(raw, rel=1e-5)
