@@ -173,7 +173,7 @@ def report(data: dict[str, Any]) -> Report:
     every = Table(
         "Every run. Alive and dense (firing on more than a tenth of the rows) are shares of the latents; the cosine is "
         "that of a decoder row to the nearest other one, in the mean; the norm is the largest deviation of a decoder "
-        "row's norm from 1 where the trainer promises none; seconds are of training, in the mean.",
+        "row's norm from 1 (– where the trainer promises no unit norm); seconds are of training, in the mean.",
         [
             "architecture",
             "trainer",

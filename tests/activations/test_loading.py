@@ -180,7 +180,7 @@ def test_dtypes_and_devices_are_checked_by_name():
     assert resolve_dtype("bf16") == resolve_dtype(torch.bfloat16) == torch.bfloat16
     with pytest.raises(UserError, match=r"Unknown dtype 'float23'; known are .*Did you mean 'float32'\?"):
         resolve_dtype("float23")
-    with pytest.raises(UserError, match="'gpu' is not a device; use 'cpu', 'cuda', 'cuda:1' or 'mps'."):
+    with pytest.raises(UserError, match="'gpu' is not a device; use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'."):
         resolve_device("gpu")
     with pytest.raises(UserError, match="Device 'cuda:99' is not available on this machine; use "):
         resolve_device("cuda:99")
