@@ -1,10 +1,9 @@
 """What a run calls behind every step, and what it takes from there.
 
-A callback is any `callback(run, step)`, called when the step has been logged. Three things it may do besides: with a true
-attribute `reports` it is called before that, and returns metrics, {trainer: {name: number}}, that are logged with those
-of the step; have `state_dict()` and `load_state_dict()`, which go into the run's state, so that a
-resume is exact; and have `best`, {number of a trainer: `Best`}, the dictionaries that are the run's results in place of
-the last ones.
+A callback is any `callback(run, step)`, called when the step has been logged. Three things it may do besides: with a
+true attribute `reports` it is called before that, and returns metrics, {trainer: {name: number}}, that are logged with
+those of the step; have `state_dict()` and `load_state_dict()`, which go into the run's state, so that a resume is
+exact; and have `best`, {number of a trainer: `Best`}, the dictionaries that are the run's results in place of the last.
 """
 
 from __future__ import annotations

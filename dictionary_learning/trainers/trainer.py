@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple, TypedDict, get_args
 import torch
 from torch import Tensor
 
+from dictionary_learning.devices import resolve_device
 from dictionary_learning.dictionary import Dictionary
 from dictionary_learning.errors import UserError, did_you_mean
 from dictionary_learning.kernels import kernels_for
@@ -176,7 +177,7 @@ class SAETrainer(ABC):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.steps, self.layer, self.lm_name, self.seed = steps, layer, lm_name, seed
-        self.device = torch.device(device)
+        self.device = resolve_device(device)
         self.wandb_name = wandb_name or type(self).__name__
         self.submodule_name, self.encoder_dtype, self.grad_clip_norm = submodule_name, encoder_dtype, grad_clip_norm
         options = (dict_kwargs or {}) | ({} if output_dim is None else {"output_dim": output_dim, "skip": skip})

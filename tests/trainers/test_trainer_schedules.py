@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import Any
+import math
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from trainer_cases import ARCHITECTURES, SETTINGS, TRANSCODERS, D, F, batches, m
 
 from dictionary_learning.errors import UserError
 from dictionary_learning.trainers import TRAINERS, StandardTrainer, trainer_class
-from dictionary_learning.trainers.schedules import automatic_learning_rate, get_lr_schedule, get_sparsity_warmup_fn
+from dictionary_learning.trainers.schedules import (
+    Scheduler,
+    automatic_learning_rate,
+    get_lr_schedule,
+    get_scheduler,
+    get_sparsity_warmup_fn,
+)
 from dictionary_learning.trainers.trainer import Shared
 
 every = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -37,6 +44,36 @@ def test_every_step_of_a_schedule_learns_at_most_at_the_peak_rate(data: st.DataO
     scales = [get_lr_schedule(total, warmup, decay)(step) for step in range(total)]
     assert all(0 < scale <= 1 for scale in scales)
     assert all(scales[i] <= scales[i + 1] for i in range(min(warmup, total - 1)))
+
+
+@pytest.mark.parametrize("scheduler", get_args(Scheduler))
+def test_every_scheduler_begins_with_the_warmup_and_ends_where_it_says(scheduler: Scheduler) -> None:
+    scale = get_scheduler(scheduler, 100, 10, 50 if scheduler == "wsd" else None)
+    assert [scale(step) for step in range(11)] == pytest.approx([min((step + 1) / 11, 1.0) for step in range(11)])
+    middle, end = {
+        "wsd": (0.8, 0.02), "linear": (40 / 90, 1 / 90), "cosine": (0.5 + 0.5 * math.cos(math.pi * 50 / 90), 3e-4),
+        "constant": (1.0, 1.0), "plateau": (1.0, 1.0),
+    }[scheduler]  # fmt: skip
+    assert scale(60) == pytest.approx(middle) and scale(99) == pytest.approx(end, abs=1e-4)
+
+
+def test_a_decay_start_is_refused_by_schedulers_without_one() -> None:
+    with pytest.raises(UserError, match="decay_start belongs to the scheduler 'wsd'"):
+        get_scheduler("cosine", 100, 10, 50)
+
+
+def test_on_a_plateau_the_rate_halves_when_the_held_out_loss_has_stopped_falling() -> None:
+    trainer = make("top_k", scheduler="plateau", warmup_steps=0, lr=1e-3)
+    plateau, rates = trainer.plateau, []
+    assert plateau is not None
+    for step, loss in enumerate([5.0, 4.0, 4.0, 4.5, 4.0, 4.0, 3.0, 3.0]):
+        trainer.update(step, batches(1)[0])
+        rates.append(trainer.metrics(batches(1)[0])["lr"])
+        plateau.observe(loss)
+    assert rates == pytest.approx([1e-3] * 6 + [5e-4] * 2)
+    again = make("top_k", scheduler="plateau", warmup_steps=0, lr=1e-3)
+    again.load_state_dict(trainer.state_dict())
+    assert again.plateau is not None and again.plateau.state_dict() == plateau.state_dict()
 
 
 def test_the_sparsity_penalty_rises_linearly_from_zero() -> None:
