@@ -16,6 +16,8 @@ from dictionary_learning.dictionary import Dictionary
 from dictionary_learning.kernels import fused_adam_for
 from dictionary_learning.kernels.products import scratch
 
+ROWS_AT_ONCE = 512
+
 
 class DictionaryOptimizer:
     """One optimiser step after a backward pass, on the device throughout.
@@ -150,9 +152,11 @@ class DictionaryOptimizer:
         """Drop the part of the decoder's gradient along its rows, which the normalisation would undo."""
         rows_FD, grad_FD = self._decoder_FD, self._decoder_FD.grad
         assert grad_FD is not None
-        product_FD = scratch("projection", rows_FD.shape, rows_FD.dtype, rows_FD.device)
-        along_F1 = torch.mul(grad_FD, rows_FD, out=product_FD).sum(dim=1, keepdim=True)
-        grad_FD.addcmul_(along_F1, rows_FD, value=-1.0)
+        some = ROWS_AT_ONCE if rows_FD.device.type == "cpu" else len(rows_FD)  # as many as the cache holds
+        product_FD = scratch("projection", (min(some, len(rows_FD)), rows_FD.shape[1]), rows_FD.dtype, rows_FD.device)
+        for rows, grad in zip(rows_FD.split(some), grad_FD.split(some), strict=True):
+            along = torch.mul(grad, rows, out=product_FD[: len(rows)]).sum(dim=1, keepdim=True)
+            grad.addcmul_(along, rows, value=-1.0)
 
 
 class ConstrainedAdam(torch.optim.Adam):

@@ -139,6 +139,13 @@ def test_updates_are_plain_autograd_and_adam(
             )
 
 
+def test_the_projection_does_not_depend_on_how_many_rows_it_takes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = batches(5)
+    whole = weights(train(make("top_k"), data))
+    monkeypatch.setattr("dictionary_learning.trainers.optimizer.ROWS_AT_ONCE", 7)
+    assert same_bits(whole, weights(train(make("top_k"), data)))
+
+
 @pytest.mark.parametrize("architecture", UNIT_NORM)
 def test_decoder_rows_keep_unit_norm(architecture: str) -> None:
     for extra in ({}, {"output_dim": 5}):
