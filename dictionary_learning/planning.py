@@ -156,13 +156,18 @@ def probe(
 
 def _parameters(spec: DictionarySpec, activation_dim: int) -> int:
     """Parameters of a dictionary, counted on one on the meta device, where nothing is drawn or filled."""
+    signature = inspect.signature(trainer_class(spec.architecture))
+    try:
+        signature.bind(steps=1, activation_dim=activation_dim, layer=None, lm_name=None, **spec.trainer_arguments())
+    except TypeError as error:  # a sparsity that is missing, or a setting that the run itself decides
+        raise UserError(f"The settings of '{spec.label}' don't fit its architecture: {error}.") from error
     known = trainer_class(spec.architecture).argument_names()
     for name in spec.trainer_arguments():
         if name not in known:
             hint = did_you_mean(name, known)
             raise UserError(f"The settings of '{spec.label}' don't fit its architecture: it has no '{name}'.{hint}")
     given = {"activation_dim": activation_dim, "group_sizes": [spec.width], **spec.trainer_arguments()}
-    cls = inspect.signature(trainer_class(spec.architecture)).parameters["dict_class"].default
+    cls = signature.parameters["dict_class"].default
     with torch.device("meta"):
         dictionary = cls(**{name: given[name] for name in inspect.signature(cls).parameters if name in given})
     return sum(parameter.numel() for parameter in dictionary.parameters())
