@@ -108,7 +108,8 @@ def verdict_row(ours: Group, groups: Sequence[Group], k: int) -> list[str]:
     ]
     peer = best_peer(groups, k)
     if peer is None:
-        return [*cells, "–", "–", "–", "–", "–", "no peer near this L0"]
+        measured = any(group.who != "ours" for group in groups)
+        return [*cells, "–", "–", "–", "–", "–", "no peer near this L0" if measured else "no peer measured here"]
     cells += [f"{peer.who}, {peer.label}", peer.each("l0", ".1f"), peer.each("explained_variance", ".4f")]
     cells.append(f"{peer.mean('alive'):.3f}")
     gaps = differences(ours, groups, k)

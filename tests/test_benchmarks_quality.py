@@ -117,7 +117,7 @@ def test_the_tables_show_what_was_measured_and_what_was_not(measured):
         assert cells[4:7] == [f"{metrics['l0']:.1f}", f"{metrics['explained_variance']:.4f}", f"{metrics['alive']:.3f}"]
         assert cells[7:9] == [f"{metrics['dense']:.4f}", f"{metrics['max_cosine']:.3f}"]
     assert "sparsify: its environment is missing (python -m benchmarks setup-peers)" in "\n".join(report.remarks)
-    assert beside.rows[0][-1] == "no peer near this L0"
+    assert beside.rows[0][-1] == "no peer measured here"
 
 
 def test_finished_rows_are_kept_and_only_what_is_missing_is_trained(acts, measured, monkeypatch):
@@ -210,7 +210,7 @@ def test_a_series_is_interpolated_along_the_logarithm_of_l0():
     cells = verdict(row("ours", "standard"), *penalties)
     expected = 0.6 + 0.2 * math.log(32 / 24) / math.log(64 / 24)
     assert cells[4:7] == ["sae-lens, interpolated at L0 = 32", "32.0", f"{expected:.4f}"]
-    assert verdict(row("ours", "standard"), *penalties[1:])[-1] == "no peer near this L0"
+    assert verdict(row("ours", "standard"), *penalties[1:])[-1] == "no peer measured here"
 
 
 def test_activations_are_the_states_of_the_layer_split_by_record_and_scaled(tmp_path):
