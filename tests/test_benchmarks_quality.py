@@ -210,7 +210,7 @@ def test_a_series_is_interpolated_along_the_logarithm_of_l0():
     cells = verdict(row("ours", "standard"), *penalties)
     expected = 0.6 + 0.2 * math.log(32 / 24) / math.log(64 / 24)
     assert cells[4:7] == ["sae-lens, interpolated at L0 = 32", "32.0", f"{expected:.4f}"]
-    assert verdict(row("ours", "standard"), *penalties[1:])[-1] == "no peer measured here"
+    assert verdict(row("ours", "standard"), *penalties[1:])[-1] == "no peer near this L0"
 
 
 def test_activations_are_the_states_of_the_layer_split_by_record_and_scaled(tmp_path):
