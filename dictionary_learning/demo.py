@@ -81,19 +81,11 @@ def make_contexts(config: RunConfig, lm: TracedLM, corpus: Corpus, *, heldout: b
 
 def make_trainers(config: RunConfig, lm: TracedLM | SentenceEncoder, device: Any) -> list[Any]:
     """A trainer for every dictionary of the run."""
-    from dictionary_learning.trainers import trainer_class
+    from dictionary_learning.planning import build_trainer
 
     points = {point.name: point for point in lm.resolve(config.hook_points)}
     return [
-        trainer_class(spec.architecture)(
-            steps=config.steps,
-            activation_dim=points[spec.hook_point].width,
-            layer=points[spec.hook_point].layer,
-            lm_name=config.model_name,
-            device=device,
-            encoder_dtype=config.encoder_dtype,
-            **spec.trainer_arguments(),
-        )
+        build_trainer(config, spec, points[spec.hook_point].width, points[spec.hook_point].layer, device)
         for spec in config.dictionaries
     ]
 

@@ -66,7 +66,7 @@ class DemoArgs:
     dtype: str | None = None
     """Of the model: float32 or bfloat16."""
     encoder_dtype: str | None = None
-    """Of the dictionaries' encoder product, whose codes stay exact: fp32, tf32 or bf16."""
+    """Of the dictionaries' encoder product in sparse steps, whose codes stay exact: fp32, tf32 (CUDA) or bf16."""
     device: str = "auto"
     """auto (cuda, mps, cpu: the first that is there), cpu, cuda, cuda:1, mps."""
     max_temperature: float | None = None

@@ -67,9 +67,22 @@ class HeldOut:
             raise UserError("There are no held-out activations to measure on.")
         self.latest: dict[int, tuple[float, EvalResult]] = {}
         self.best: dict[int, Best] = {}
+        self._checked = False
+
+    def _check(self, run: TrainingRun) -> None:
+        self._checked = True
+        for trainer in run.trainers:
+            if trainer.moves_its_loss and (self.save_best_only or trainer.plateau is not None):
+                what = "save_best_only" if self.save_best_only else "scheduler 'plateau'"
+                raise UserError(
+                    f"{what} compares losses, but that of {trainer.wandb_name} changes as its penalty moves (target_l0 "
+                    "or annealing): leave one out."
+                )
 
     def __call__(self, run: TrainingRun, step: int) -> dict[str, dict[str, float]] | None:
         """Measure, where it is time to; the metrics for the log."""
+        if not self._checked:
+            self._check(run)
         if step % self.eval_steps and step != run.steps:
             return None
         self.latest = self.measure(run)

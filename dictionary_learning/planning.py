@@ -18,9 +18,12 @@ from dictionary_learning.errors import UserError, did_you_mean
 from dictionary_learning.sentence_run import KEEP_MB
 from dictionary_learning.trainers import trainer_class
 
+OF_THE_RUN = {  # arguments of a trainer that `settings` can't hold
+    *("steps", "activation_dim", "layer", "lm_name", "device", "encoder_dtype", "dict_class", "wandb_name"),
+    *("submodule_name", "dict_size", "lr", "seed", "output_dim", "skip"),
+}
 FLOAT = 4  # bytes; dictionaries, their gradients and Adam's moments are float32
 PROBE_SECONDS = 10.0
-PROBE_STEPS = 100  # length that the probed trainers are told; their schedules need one
 
 
 @dataclass(frozen=True)
@@ -131,22 +134,14 @@ def probe(
     step_seconds = 0.0
     for (architecture, width, d), count in kinds.items():
         spec = next(s for s in config.dictionaries if (s.architecture, s.width) == (architecture, width))
-        trainer = trainer_class(architecture)(
-            steps=PROBE_STEPS,
-            activation_dim=d,
-            layer=None,
-            lm_name=None,
-            device=device,
-            encoder_dtype=config.encoder_dtype,
-            **spec.trainer_arguments(),
-        )
+        trainer = build_trainer(config, spec, d, None, device)
         x_BD = torch.randn(config.batch_size, d, device=device) / d**0.5
         trainer.update(0, x_BD)
         trainer.update(1, x_BD)
         _wait(device)
         start, steps = time.perf_counter(), 0
         while steps == 0 or time.perf_counter() - start < seconds / 2 / len(kinds):
-            trainer.update(min(2 + steps, PROBE_STEPS - 1), x_BD)
+            trainer.update(min(2 + steps, config.steps - 1), x_BD)
             _wait(device)
             steps += 1
         step_seconds += count * (time.perf_counter() - start) / steps
@@ -154,8 +149,33 @@ def probe(
     return replace(plan, harvest_rate=harvest_rate, training_rate=config.batch_size / step_seconds)
 
 
+def build_trainer(config: RunConfig, spec: DictionarySpec, width: int, layer: int | None, device: Any) -> Any:
+    """The trainer of a dictionary of the run.
+
+    Raises:
+        UserError: settings that its class can't take.
+    """
+    try:
+        return trainer_class(spec.architecture)(
+            steps=config.steps,
+            activation_dim=width,
+            layer=layer,
+            lm_name=config.model_name,
+            device=device,
+            encoder_dtype=config.encoder_dtype,
+            **spec.trainer_arguments(),
+        )
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:  # an argument missing, or of another kind than the class computes with
+        raise UserError(f"'{spec.label}' can't be made from its settings: {error}.") from error
+
+
 def _parameters(spec: DictionarySpec, activation_dim: int) -> int:
     """Parameters of a dictionary, counted on one on the meta device, where nothing is drawn or filled."""
+    for name in spec.settings:
+        if name in OF_THE_RUN:
+            raise UserError(f"The settings of '{spec.label}' can't hold '{name}': the run decides it.")
     signature = inspect.signature(trainer_class(spec.architecture))
     try:
         signature.bind(steps=1, activation_dim=activation_dim, layer=None, lm_name=None, **spec.trainer_arguments())

@@ -44,6 +44,9 @@ class StepProfile:
 
     def __call__(self, run: TrainingRun, step: int) -> None:
         if self._profile is None and not self.table and step >= min(FIRST_STEP, max(1, run.steps - self.steps)):
+            if step >= run.steps:
+                run.tracker.message("There is no profile: no step is left to record.")
+                return
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
             self._profile = profile(activities=activities)
             self._profile.__enter__()

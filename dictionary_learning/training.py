@@ -78,6 +78,12 @@ class TrainingRun:
             raise UserError(f"log_steps must be at least 1, got {log_steps}.")
         if state_every is not None and state_every < 1:
             raise UserError(f"state_every must be at least 1, got {state_every}.")
+        for trainer in trainers:
+            if trainer.plateau is not None and not any(getattr(c, "reports", False) for c in callbacks):
+                raise UserError(
+                    f"{trainer.wandb_name} has the scheduler 'plateau', which waits for a held-out loss that nobody "
+                    "measures: add HeldOut(...) to the callbacks, or choose another scheduler."
+                )
         self.data, self.trainers, self.steps = data, list(trainers), steps
         self.save_dir, self.save_steps, self.state_every = save_dir, set(save_steps), state_every
         self.log_steps, self.callbacks = log_steps, list(callbacks)

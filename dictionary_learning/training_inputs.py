@@ -47,6 +47,7 @@ class TrainingInputs:
         self.data, self.normalize, self.transcoder, self.split_by_head = data, normalize, transcoder, split_by_head
         self.norm_factors: dict[str | None, float] = {}
         self._batches: Iterator[Any] | None = None
+        self._given = 0  # batches
         self._measured: list[Any] = []  # batches that the norm factors were measured on and that are still to be given
 
     def __iter__(self) -> Iterator[Parts]:
@@ -57,9 +58,23 @@ class TrainingInputs:
         assert self._batches is not None
         batch = self._measured.pop(0) if self._measured else next(self._batches)
         parts = {name: acts.float() for name, acts in self.parts(batch).items()}
+        for name, acts in parts.items():
+            if not len(acts):
+                raise UserError(f"Batch {self._given} of the activations{f' of {name!r}' if name else ''} is empty.")
+            if acts.device.type == "cpu" and not acts.sum().isfinite():  # on a GPU looking would wait for it
+                self._refuse_non_finite(name, acts)
+        self._given += 1
         if not self.norm_factors:
             return parts
         return {name: acts / self.norm_factors[name] for name, acts in parts.items()}
+
+    def _refuse_non_finite(self, name: str | None, acts: Tensor) -> None:
+        """Raises UserError at a NaN or an infinity (a sum may overflow without one)."""
+        finite_B = torch.isfinite(acts).all(dim=1)
+        if not finite_B.all():
+            of = f" of '{name}'" if name else ""
+            row = int((~finite_B).nonzero()[0])
+            raise UserError(f"The activations{of} have a NaN or an infinity in batch {self._given}, row {row}.")
 
     def start(self) -> None:
         """Open the stream and measure the norm factors, where that has not been done.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -195,9 +196,22 @@ def test_a_stream_that_breaks_leaves_a_state_behind(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    batches = [activations(B), torch.full((B, D), float("inf"))]
+    batches = [activations(B), torch.full((B, D), 1e30)]  # whose squares overflow
     trainSAE(batches, [config("standard")], 2, log_steps=1, verbose=True)
-    assert "Warning: the loss of trainer_0 is nan at step 2" in capsys.readouterr().out
+    assert re.search(r"Warning: the loss of trainer_0 is (nan|inf) at step 2", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_activations_that_are_not_finite_are_refused_where_they_are(bad: float) -> None:
+    broken = activations(B)
+    broken[3, 1] = bad
+    with pytest.raises(UserError, match="a NaN or an infinity in batch 1, row 3"):
+        trainSAE([activations(B), broken], [config("top_k")], 2)
+
+
+def test_an_empty_batch_is_refused() -> None:
+    with pytest.raises(UserError, match="Batch 1 of the activations is empty"):
+        trainSAE([activations(B), activations(B)[:0]], [config("top_k")], 2)
 
 
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:

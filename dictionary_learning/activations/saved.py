@@ -261,7 +261,7 @@ class SavedActivations:
                 shard, row = self._shards[block.shard].name, block.start + int(bad[0])
                 raise UserError(
                     f"'{shard}' has a NaN or an infinity in row {row} of '{name}' (rows like it: {len(bad)} of "
-                    f"{len(rows)} read): leave them out with non_finite='drop'."
+                    f"{len(rows)} read): leave them out with non_finite='drop' (--drop_non_finite)."
                 )
             self.rows_not_finite[name] += len(bad)
             everywhere &= finite

@@ -109,6 +109,11 @@ def _chosen(device: torch.device | str) -> str:
     name = forced or ("triton" if torch.device(device).type == "cuda" and _has_triton() else "cpu")
     if name == "triton" and not _has_triton():
         raise UserError(f"{ENVIRONMENT}=triton needs the package triton, which is not installed: pip install triton.")
+    if name == "triton" and torch.device(device).type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(
+            f"{ENVIRONMENT}=triton needs a CUDA device, and the run is on {device}: use cpu, or TRITON_INTERPRET=1 to "
+            "check the kernels."
+        )
     return name
 
 

@@ -7,8 +7,10 @@ the codes joins the decoder's backward as the bias of its product.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,13 +27,23 @@ def scratch(name: str, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, 
     """Uninitialised memory, shared by all that ask by this name: touching 50 MB of fresh pages costs a CPU a quarter of
     the product that fills them. Autograd notices when something saved for a backward pass is written over.
     (On other devices PyTorch's caching allocator does the same.)"""
-    if device.type != "cpu":
+    if device.type != "cpu" or getattr(_memory, "own", False):
         return torch.empty(shape, dtype=dtype, device=device)
     pools: dict[tuple[str, torch.dtype], Tensor] = _memory.__dict__.setdefault("pools", {})
     pool = pools.get((name, dtype))
     if pool is None or len(pool) < math.prod(shape):
         pool = pools[name, dtype] = torch.empty(math.prod(shape), dtype=dtype)
     return pool[: math.prod(shape)].view(shape)
+
+
+@contextlib.contextmanager
+def own_memory() -> Iterator[None]:
+    """Inside, what would be scratch is memory of its own, so that a graph outlives the next one."""
+    before, _memory.own = getattr(_memory, "own", False), True
+    try:
+        yield
+    finally:
+        _memory.own = before
 
 
 def is_scratch(tensor: Tensor) -> bool:

@@ -122,6 +122,10 @@ class Annealing(SAETrainer):
         return super().logged_tensors() | {"sparsity_coeff": self._coefficient}
 
     @property
+    def moves_its_loss(self) -> bool:
+        return True
+
+    @property
     def config(self) -> dict[str, Any]:
         return super().config | {
             "sparsity_function": self.sparsity_function,

@@ -68,8 +68,8 @@ class BatchTopKTrainer(TopKTrainer, architecture="batch_top_k"):
             **shared,
         )
 
-    def select(self, pre: Preactivations) -> SparseCodes:
-        return pre.batch_top_k(self.k * len(pre.x_BD))
+    def select(self, pre: Preactivations, k: int) -> SparseCodes:
+        return pre.batch_top_k(k * len(pre.x_BD))
 
     def smallest_active(self, values_N: Tensor, positive_N: Tensor, codes: SparseCodes) -> Tensor:
         smallest = values_N.masked_fill(~positive_N, torch.inf).amin()

@@ -27,7 +27,7 @@ class Delayed:
         self._arrived: torch.cuda.Event | None = None
 
     def send(self, number: Tensor) -> None:
-        self._sent = number.to("cpu", non_blocking=True)
+        self._sent = number.to("cpu", non_blocking=number.device.type == "cuda")  # MPS has no event here to wait for
         if number.device.type == "cuda":
             self._arrived = torch.cuda.Event()
             self._arrived.record()

@@ -154,6 +154,10 @@ class GatedSAETrainer(_GatedTrainer, architecture="gated"):
         return super().logged_tensors() | {"l1_penalty": self.controller.penalty}
 
     @property
+    def moves_its_loss(self) -> bool:
+        return self.controller.target_l0 is not None
+
+    @property
     def config(self) -> dict[str, Any]:
         return super().config | {"l1_penalty": self.l1_penalty, "target_l0": self.controller.target_l0}
 

@@ -28,6 +28,7 @@ class SharedTopK(Shared, total=False):
     """Settings of every trainer that fires a number of latents, see `_ByKTrainer`."""
 
     dead_after_tokens: int | None
+    k_anneal_steps: int | None
 
 
 class _ByKTrainer(SAETrainer):
@@ -39,14 +40,26 @@ class _ByKTrainer(SAETrainer):
         threshold_start_step: first step that enters it; None takes half of the run, at most 1,000 steps.
         dead_after_tokens: tokens without firing after which a latent counts as dead; None takes a thirtieth of the
             run, at least ten steps, at most the paper's 10 million tokens.
+        k_anneal_steps: over so many steps k falls linearly from activation_dim (at most the width) to what was asked
+            for; None begins there.
     """
 
     ae: _ByK
     threshold_beta: float
 
     def _set_up(
-        self, auxk_alpha: float, threshold_beta: float, threshold_start_step: int | None, dead_after_tokens: int | None
+        self,
+        auxk_alpha: float,
+        threshold_beta: float,
+        threshold_start_step: int | None,
+        dead_after_tokens: int | None,
+        k_anneal_steps: int | None,
     ) -> None:
+        if k_anneal_steps is not None and (not isinstance(k_anneal_steps, int) or not 0 < k_anneal_steps < self.steps):
+            raise UserError(
+                f"k_anneal_steps must be positive and below the {self.steps} steps of the run, got {k_anneal_steps!r}."
+            )
+        self.k_anneal_steps = k_anneal_steps
         if not 0 <= threshold_beta < 1:
             raise UserError(f"threshold_beta must be at least 0 and below 1, got {threshold_beta!r}.")
         self.k, self.auxk_alpha = int(self.ae.k), auxk_alpha
@@ -55,9 +68,16 @@ class _ByKTrainer(SAETrainer):
         self.threshold_beta = threshold_beta
         self.threshold_start_step = min(1000, self.steps // 2) if threshold_start_step is None else threshold_start_step
 
+    def k_at(self, step: int) -> int:
+        """k in a step."""
+        first = min(self.ae.activation_dim, self.ae.dict_size)
+        if self.k_anneal_steps is None or step >= self.k_anneal_steps or first <= self.k:
+            return self.k
+        return self.k + round((first - self.k) * (1 - step / self.k_anneal_steps))
+
     @abstractmethod
-    def select(self, pre: Preactivations) -> SparseCodes:
-        """The codes that are active in a batch."""
+    def select(self, pre: Preactivations, k: int) -> SparseCodes:
+        """The codes that are active in a batch, k an input."""
 
     @abstractmethod
     def smallest_active(self, values_N: Tensor, positive_N: Tensor, codes: SparseCodes) -> Tensor:
@@ -72,7 +92,7 @@ class _ByKTrainer(SAETrainer):
 
     def compute_loss(self, x_BD: Tensor, y_BD: Tensor, step: int) -> LossOutput:
         pre = self.preactivations(x_BD)
-        codes = self.select(pre)
+        codes = self.select(pre, self.k_at(step))
         values_N = codes.relu()
         x_hat_BD, l2, terms = self.reconstruction_loss(codes, values_N, x_BD, y_BD)
         terms = {"l2_loss": l2, **terms}
@@ -85,7 +105,7 @@ class _ByKTrainer(SAETrainer):
     @torch.no_grad()
     def after_update(self, x_BD: Tensor, y_BD: Tensor, step: int, out: LossOutput) -> None:
         self.auxk.after_update(step, len(x_BD))
-        if self.ae.measures_threshold and step >= self.threshold_start_step:
+        if self.ae.measures_threshold and step >= max(self.threshold_start_step, self.k_anneal_steps or 0):
             smallest, threshold = out.terms["smallest_active"], self.ae.threshold
             blend = self.threshold_beta * threshold + (1 - self.threshold_beta) * smallest
             measured = torch.where(threshold < 0, smallest, blend)
@@ -108,6 +128,7 @@ class _ByKTrainer(SAETrainer):
             "dead_after_tokens": self.auxk.dead_after_tokens,
             "threshold_beta": self.threshold_beta,
             "threshold_start_step": self.threshold_start_step,
+            "k_anneal_steps": self.k_anneal_steps,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,6 +163,7 @@ class TopKTrainer(_ByKTrainer, architecture="top_k"):
         submodule_name: str | None = None,
         *,
         dead_after_tokens: int | None = None,
+        k_anneal_steps: int | None = None,
         **shared: Unpack[Shared],
     ) -> None:
         super().__init__(
@@ -161,18 +183,18 @@ class TopKTrainer(_ByKTrainer, architecture="top_k"):
             submodule_name=submodule_name,
             **shared,
         )
-        self._set_up(auxk_alpha, threshold_beta, threshold_start_step, dead_after_tokens)
+        self._set_up(auxk_alpha, threshold_beta, threshold_start_step, dead_after_tokens, k_anneal_steps)
 
     def _dictionary_settings(self) -> dict[str, Any]:
         """What `dict_class` takes besides its sizes and k."""
         return {}
 
-    def select(self, pre: Preactivations) -> SparseCodes:
-        return pre.top_k(self.k)
+    def select(self, pre: Preactivations, k: int) -> SparseCodes:
+        return pre.top_k(k)
 
     def smallest_active(self, values_N: Tensor, positive_N: Tensor, codes: SparseCodes) -> Tensor:
         """Mean over rows of the smallest positive value; rows without one don't count."""
-        smallest_B = values_N.masked_fill(~positive_N, torch.inf).view(-1, self.k).amin(dim=-1)
+        smallest_B = values_N.masked_fill(~positive_N, torch.inf).view(codes.n_rows, -1).amin(dim=-1)
         return torch.where(smallest_B.isinf(), torch.nan, smallest_B).nanmean()
 
 
@@ -191,9 +213,11 @@ class GroupMaxTrainer(TopKTrainer, architecture="group_max"):
         wandb_name: str | None = "AutoEncoderGroupMax",
         **settings: Any,
     ) -> None:
+        if settings.get("k_anneal_steps") is not None:
+            raise UserError("k of a group-max dictionary is its number of groups and can't be annealed.")
         super().__init__(
             steps, activation_dim, dict_size, k, layer, lm_name, dict_class, wandb_name=wandb_name, **settings
         )
 
-    def select(self, pre: Preactivations) -> SparseCodes:
-        return pre.group_max(self.k)
+    def select(self, pre: Preactivations, k: int) -> SparseCodes:
+        return pre.group_max(k)

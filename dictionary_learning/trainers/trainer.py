@@ -25,6 +25,7 @@ from dictionary_learning.errors import UserError, did_you_mean
 from dictionary_learning.kernels import kernels_for
 from dictionary_learning.kernels.codes import Encoder, EncoderDtype, Preactivations
 from dictionary_learning.kernels.matmul import fast_matmul
+from dictionary_learning.kernels.products import own_memory
 from dictionary_learning.profiling import span
 from dictionary_learning.trainers.functions import geometric_median, seeded
 from dictionary_learning.trainers.optimizer import (
@@ -132,6 +133,11 @@ class SAETrainer(ABC):
 
     architecture: ClassVar[str]
 
+    @property
+    def moves_its_loss(self) -> bool:
+        """Whether the loss changes during the run beyond a warm-up, so that two looks at it can't be compared."""
+        return False
+
     def __init_subclass__(cls, architecture: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if architecture is not None:
@@ -178,9 +184,12 @@ class SAETrainer(ABC):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.steps, self.layer, self.lm_name, self.seed = steps, layer, lm_name, seed
         self.device = resolve_device(device)
+        kernels_for(self.device)  # a wrong SAE_FACTORY_KERNELS is refused here, before any file
         self.wandb_name = wandb_name or type(self).__name__
         self.submodule_name, self.encoder_dtype, self.grad_clip_norm = submodule_name, encoder_dtype, grad_clip_norm
-        options = (dict_kwargs or {}) | ({} if output_dim is None else {"output_dim": output_dim, "skip": skip})
+        options = (dict_kwargs or {}) | (
+            {} if output_dim is None and not skip else {"output_dim": output_dim, "skip": skip}
+        )
         with seeded(seed):
             self.ae = dict_class(activation_dim, dict_size, **options).to(self.device)
 
@@ -287,7 +296,8 @@ class SAETrainer(ABC):
     ) -> Tensor | LossLog:
         """The loss of a batch [B, D] as a scalar, or with `logging` its parts in the field's layout."""
         x_BD, y_BD = self._batch(x, target)
-        out = self.compute_loss(x_BD, y_BD, self.steps if step is None else step)
+        with own_memory():  # several losses may be added up before one backward pass
+            out = self.compute_loss(x_BD, y_BD, self.steps if step is None else step)
         if not logging:
             return out.loss
         losses = {"loss": out.loss.item()} | {name: term.item() for name, term in out.terms.items()}
