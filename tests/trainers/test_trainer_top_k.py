@@ -273,3 +273,17 @@ def test_groups_have_the_fractions_asked_for_and_the_last_takes_the_rest() -> No
     trainer: Any = make("matryoshka_batch_top_k", dict_size=25)
     assert trainer.config["group_sizes"] == trainer.ae.group_sizes.tolist() == [4, 8, 13]
     assert trainer.config["group_weights"] == pytest.approx([1 / 3] * 3)
+
+
+@pytest.mark.parametrize("architecture", ["top_k", "batch_top_k", "matryoshka_batch_top_k"])
+def test_k_falls_to_what_was_asked_for(architecture: str) -> None:
+    trainer = make(architecture, k_anneal_steps=4)
+    l0 = []
+    for step, x in enumerate(batches(6)):
+        trainer.update(step, x)
+        assert trainer.last is not None
+        l0.append(trainer.last.l0.item())
+    asked = trainer.config["k"]
+    assert l0[0] > l0[2] > asked and l0[4:] == [asked, asked]
+    with pytest.raises(UserError, match="k_anneal_steps must be positive and below"):
+        make(architecture, k_anneal_steps=10_000)
