@@ -61,7 +61,9 @@ def save(folder: Path, section: str, command: str, threads: int | None, options:
     path = folder / "results" / f"{section}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    # Where this checkout and its temporary files lie is nobody's business: a path is written as its last part.
+    text = re.sub(r'"/[^"]*/([^"/]+)"', r'"\1"', json.dumps(content, indent=1))
+    temporary.write_text(text + "\n")
     temporary.replace(path)
     return path
 
