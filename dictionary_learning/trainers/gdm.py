@@ -19,8 +19,8 @@ from dictionary_learning.kernels.codes import Codes
 from dictionary_learning.kernels.products import scratch, where_positive
 from dictionary_learning.trainers.functions import row_squares
 from dictionary_learning.trainers.l0_controller import L0Controller
-from dictionary_learning.trainers.sparse_switch import SparseSwitch
-from dictionary_learning.trainers.trainer import LossOutput, SAETrainer, Shared
+from dictionary_learning.trainers.sparse_switch import FiresByThreshold, SparseSwitch
+from dictionary_learning.trainers.trainer import LossOutput, Shared
 
 
 class _Gated(torch.autograd.Function):
@@ -43,7 +43,7 @@ class _Gated(torch.autograd.Function):
         return grad * scale, d_scale.clone() if d_scale is product else d_scale, d_shift
 
 
-class _GatedTrainer(SAETrainer):
+class _GatedTrainer(FiresByThreshold):
     """loss = mean |y - y_hat|^2 + penalty + mean |y - y_hat of the gate|^2. The gate reconstructs through the decoder
     as it is: this term trains the gate alone."""
 
@@ -78,15 +78,8 @@ class _GatedTrainer(SAETrainer):
         terms = {"mse_loss": mse, "aux_loss": aux, **terms, "gate_l0": gate_l0}
         return LossOutput(mse + penalty + aux, x_hat_BD, codes.firings(acts.detach()), terms)
 
-    def after_update(self, x_BD: Tensor, y_BD: Tensor, step: int, out: LossOutput) -> None:
-        self.switch.after_update(step, out.terms["gate_l0"] / self.ae.dict_size)
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"switch": self.switch.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.switch.load_state_dict(state["switch"])
+    def active_entries(self, out: LossOutput) -> Tensor:
+        return out.terms["gate_l0"]
 
 
 class GatedSAETrainer(_GatedTrainer, architecture="gated"):

@@ -18,8 +18,8 @@ from dictionary_learning.errors import UserError
 from dictionary_learning.kernels.products import scratch, where_positive
 from dictionary_learning.kernels.select import places
 from dictionary_learning.trainers.functions import row_squares
-from dictionary_learning.trainers.sparse_switch import SparseSwitch
-from dictionary_learning.trainers.trainer import LossOutput, SAETrainer, Shared
+from dictionary_learning.trainers.sparse_switch import FiresByThreshold, SparseSwitch
+from dictionary_learning.trainers.trainer import LossOutput, Shared
 
 SMALLEST_THRESHOLD = 1e-6  # relative to the norm of the activations; a threshold must stay positive
 
@@ -67,7 +67,7 @@ def _window_sum(window_BF: Tensor, grad_BF: Tensor, threshold_F: Tensor, grad_l0
     return torch.zeros_like(threshold_F).index_add_(0, latents_N, through_N)
 
 
-class JumpReluTrainer(SAETrainer, architecture="jump_relu"):
+class JumpReluTrainer(FiresByThreshold, architecture="jump_relu"):
     """loss = mean |x - x_hat|^2 + penalty, with L0 the mean number of active latents:
 
     - `target_l0` given: penalty = sparsity_penalty * (L0 / target_l0 - 1)^2, which settles at that L0;
@@ -148,7 +148,7 @@ class JumpReluTrainer(SAETrainer, architecture="jump_relu"):
     @torch.no_grad()
     def after_update(self, x_BD: Tensor, y_BD: Tensor, step: int, out: LossOutput) -> None:
         self.ae.threshold.clamp_min_(SMALLEST_THRESHOLD * self.input_scale)
-        self.switch.after_update(step, out.l0 / self.ae.dict_size)
+        super().after_update(x_BD, y_BD, step, out)
 
     def logged_tensors(self) -> dict[str, Tensor]:
         return {"mean_threshold": self.ae.threshold.mean()}
@@ -160,10 +160,3 @@ class JumpReluTrainer(SAETrainer, architecture="jump_relu"):
             "sparsity_penalty": self.sparsity_penalty,
             "target_l0": self.target_l0,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"switch": self.switch.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.switch.load_state_dict(state["switch"])

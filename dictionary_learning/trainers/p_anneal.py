@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -11,25 +11,11 @@ from dictionary_learning.dictionary import AutoEncoder, Dictionary
 from dictionary_learning.trainers.annealing import Annealing, SparsityFunction
 from dictionary_learning.trainers.functions import row_squares
 from dictionary_learning.trainers.resampling import Resampling
-from dictionary_learning.trainers.sparse_switch import SparseSwitch
-from dictionary_learning.trainers.trainer import LossOutput, SAETrainer, Shared
+from dictionary_learning.trainers.sparse_switch import FiresByThreshold, SparseSwitch
+from dictionary_learning.trainers.trainer import LossOutput, Shared
 
 
-class _LpTrainer(SAETrainer):
-    switch: SparseSwitch
-
-    def after_update(self, x_BD: Tensor, y_BD: Tensor, step: int, out: LossOutput) -> None:
-        self.switch.after_update(step, out.l0 / self.ae.dict_size)
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"switch": self.switch.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.switch.load_state_dict(state["switch"])
-
-
-class PAnnealTrainer(Resampling, Annealing, _LpTrainer, architecture="p_anneal"):
+class PAnnealTrainer(Resampling, Annealing, FiresByThreshold, architecture="p_anneal"):
     """loss = mean |x - x_hat|^2 + coefficient * Lp(f), decoder rows of unit norm. Settings: see `Annealing`."""
 
     def __init__(

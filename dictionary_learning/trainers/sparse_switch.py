@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dictionary_learning.kernels.codes import Codes, Preactivations
 from dictionary_learning.trainers.dead_latents import COUNT_INTERVAL, Delayed
+from dictionary_learning.trainers.trainer import LossOutput, SAETrainer
 
 
 class Densities(NamedTuple):
@@ -72,3 +73,23 @@ class SparseSwitch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sparse = state["sparse"]
         self._density.restore(state["density"])
+
+
+class FiresByThreshold(SAETrainer):
+    """The trainers with a switch: they make it behind `SAETrainer`'s constructor, and get it tended and saved."""
+
+    switch: SparseSwitch
+
+    def active_entries(self, out: LossOutput) -> Tensor:
+        """Entries an input above the cutoff."""
+        return out.l0
+
+    def after_update(self, x_BD: Tensor, y_BD: Tensor, step: int, out: LossOutput) -> None:
+        self.switch.after_update(step, self.active_entries(out) / self.ae.dict_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"switch": self.switch.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.switch.load_state_dict(state["switch"])

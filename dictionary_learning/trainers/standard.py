@@ -12,11 +12,11 @@ from dictionary_learning.errors import UserError
 from dictionary_learning.trainers.functions import row_squares
 from dictionary_learning.trainers.l0_controller import L0Controller
 from dictionary_learning.trainers.resampling import Resampling
-from dictionary_learning.trainers.sparse_switch import SparseSwitch
-from dictionary_learning.trainers.trainer import LossOutput, SAETrainer, Shared
+from dictionary_learning.trainers.sparse_switch import FiresByThreshold, SparseSwitch
+from dictionary_learning.trainers.trainer import LossOutput, Shared
 
 
-class _L1Trainer(SAETrainer):
+class _L1Trainer(FiresByThreshold):
     """loss = mean |y - y_hat|^2 + l1_penalty * mean sum_i f_i |d_i|, with d_i the decoder rows."""
 
     l1_penalty: float
@@ -41,7 +41,7 @@ class _L1Trainer(SAETrainer):
         return LossOutput(loss, x_hat_BD, codes.firings(acts.detach()), terms)
 
     def after_update(self, x_BD: Tensor, y_BD: Tensor, step: int, out: LossOutput) -> None:
-        self.switch.after_update(step, out.l0 / self.ae.dict_size)
+        super().after_update(x_BD, y_BD, step, out)
         if self._sparsity_scale(step) == 1.0:
             self.controller.after_update(out.l0)
 
@@ -57,11 +57,10 @@ class _L1Trainer(SAETrainer):
         return super().config | {"l1_penalty": self.l1_penalty, "target_l0": self.controller.target_l0}
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"switch": self.switch.state_dict(), "controller": self.controller.state_dict()}
+        return super().state_dict() | {"controller": self.controller.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.switch.load_state_dict(state["switch"])
         self.controller.load_state_dict(state["controller"])
 
 
