@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
@@ -246,6 +247,7 @@ class TracedLM:
         capture: Place | Iterable[Place] = (),
         replace: Mapping[Any, Replacement] | None = None,
         attention_mask: Tensor | None = None,
+        past: Any | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Logits [C, L, V], with activations captured and replaced on the way.
 
@@ -254,13 +256,16 @@ class TracedLM:
                 there is returned (under the effect of replacements earlier in the pass), not the replacement.
             replace: hook point -> activations [C, L, d], or a function from the activations to such a tensor. They
                 are cast to the model's dtype; a tuple around the activation keeps its other entries.
+            past: a `new_cache`, which takes in the tokens given now behind those it holds. L then counts these alone,
+                in logits, captures and replacements; an attention mask covers all.
 
         Raises:
-            UserError: see `resolve`; a replacement that is not a tensor of the activation's shape.
+            UserError: see `resolve`; a replacement that is not a tensor of the activation's shape; more tokens than
+                the model has positions, those in `past` included.
         """
         captured = [] if isinstance(capture, (tuple, list)) and not capture else self.resolve(capture)
         replaced = {self._resolve(place, "out"): value for place, value in (replace or {}).items()}
-        inputs, shape = self._inputs(tokens_CL, attention_mask), tokens_CL.shape
+        inputs, shape = self._inputs(tokens_CL, attention_mask, past), tokens_CL.shape
         with self._forward(attention_mask), self.model.trace(**inputs) as tracer:
             acts = nnsight.save({})
             for point in sorted({*captured, *replaced}, key=lambda point: (point.order, point in replaced)):
@@ -273,6 +278,22 @@ class TracedLM:
             logits_CLV = nnsight.save(_logits(tracer.result))
         return logits_CLV, {point.name: acts[point.name] for point in captured}
 
+    def new_cache(self) -> Any | None:
+        """An empty cache of keys and values for `logits`; None where the model has no such cache.
+
+        That includes recurrent models: some start anew where several tokens come at once. A model may also leave the
+        cache empty: its `get_seq_length()` says how many tokens it holds.
+        """
+        if "past_key_values" not in inspect.signature(self.module.forward).parameters:
+            return None
+        from transformers import PreTrainedModel
+        from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+        if not isinstance(self.module, PreTrainedModel):
+            return None
+        cache = DynamicCache(config=self.module.config)
+        return cache if {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer} else None
+
     @contextlib.contextmanager
     def _forward(self, attention_mask: Tensor | None) -> Iterator[None]:
         """What a forward runs in: alone, with the fastest exact products, and without questions about the tokens."""
@@ -280,12 +301,13 @@ class TracedLM:
         with self._lock, fast_matmul(), checks:
             yield
 
-    def _inputs(self, tokens_CL: Tensor, attention_mask: Tensor | None) -> dict[str, Any]:
+    def _inputs(self, tokens_CL: Tensor, attention_mask: Tensor | None, past: Any | None = None) -> dict[str, Any]:
         """Keywords of the forward pass. Ids are checked on the CPU, where that costs no sync."""
         if tokens_CL.ndim != 2 or tokens_CL.is_floating_point():
             got = f"{tokens_CL.dtype} {tuple(tokens_CL.shape)}"
             raise UserError(f"Tokens should be integers [contexts, tokens], got {got}.")
-        length, longest = tokens_CL.shape[1], self.max_positions
+        length = tokens_CL.shape[1] + (0 if past is None else past.get_seq_length())
+        longest = self.max_positions
         if longest is not None and length > longest:
             raise UserError(f"A context of {length} tokens is longer than the {longest} positions of {self.name}.")
         if tokens_CL.device.type == "cpu" and tokens_CL.numel() and int(tokens_CL.max()) >= self.vocab_size:
@@ -297,7 +319,9 @@ class TracedLM:
         if attention_mask is not None:
             inputs["attention_mask"] = to_device(attention_mask, self.device)
         if hasattr(self.module, "config"):  # a transformers model; an nn.Module of one's own has no cache to switch off
-            inputs["use_cache"] = False
+            inputs["use_cache"] = past is not None
+        if past is not None:
+            inputs["past_key_values"] = past
         return inputs
 
     def _read(self, point: ResolvedHookPoint) -> Tensor:

@@ -196,6 +196,44 @@ def test_capture_and_replace_share_one_trace(lm: TracedLM, tokens_CL: Tensor):
     assert not torch.allclose(acts["resid_post_layer_2"], clean["resid_post_layer_2"], atol=1e-3)
 
 
+def test_a_cache_goes_on_from_what_was_read_and_replaced_before(family: Family, tokens_CL: Tensor):
+    """In pieces of any lengths, as in one pass; two of the models' layers have a sliding window of 4."""
+    noise = torch.randn(3, 11, 32, generator=torch.Generator().manual_seed(1))
+    name, later = "attn_out_layer_1", "resid_post_layer_3"
+    expected, acts = family.lm.logits(tokens_CL, capture=[later], replace={name: lambda x: x + noise})
+    past = family.lm.new_cache()
+    for begin, stop in ((0, 6), (6, 7), (7, 8), (8, 11)):
+        piece = slice(begin, stop)
+        found, passed = family.lm.logits(
+            tokens_CL[:, piece], capture=[later], replace={name: lambda x, piece=piece: x + noise[:, piece]}, past=past
+        )
+        torch.testing.assert_close(found, expected[:, piece], rtol=0, atol=1e-4)
+        torch.testing.assert_close(passed[later], acts[later][:, piece], rtol=0, atol=1e-4)
+        assert past.get_seq_length() == stop
+
+
+def test_what_a_cache_holds_counts_as_positions(gpt2: TracedLM):
+    past, tokens = gpt2.new_cache(), torch.ones(1, 60, dtype=torch.long)
+    gpt2.logits(tokens, past=past)
+    with pytest.raises(UserError, match="A context of 65 tokens is longer than the 64 positions of GPT2LMHeadModel."):
+        gpt2.logits(tokens[:, :5], past=past)
+    assert gpt2.logits(tokens[:, :4], past=past)[0].shape == (1, 4, VOCAB)
+
+
+def test_a_model_with_states_that_are_no_keys_and_values_has_no_cache():
+    import transformers as t
+
+    ids: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    mamba = t.MambaForCausalLM(t.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **ids))
+    hybrid = t.BambaForCausalLM(
+        t.BambaConfig(hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4,
+                      num_key_value_heads=2, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8,
+                      **ids)
+    )  # fmt: skip
+    for module in (mamba, hybrid):
+        assert TracedLM.load(module.eval()).new_cache() is None
+
+
 def test_a_replacement_that_works_in_place_does_not_change_what_was_captured(gpt2: TracedLM, tokens_CL: Tensor):
     clean, acts = gpt2.logits(tokens_CL, capture="resid_post_layer_1")
     ablated, after = gpt2.logits(
