@@ -1,0 +1,178 @@
+"""Files that unfold are refused before they do; whole ones come out as their libraries would have read them."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dictionary_learning import untrusted
+
+TREE: dict[str, Any] = {
+    "transposed": torch.arange(15.0).reshape(5, 3).t(),
+    "part": torch.arange(10.0)[3:7],
+    "scalar": torch.tensor(2.5),
+    "empty": torch.empty(0, 4),
+    "parameter": torch.nn.Parameter(torch.ones(2, 3)),
+    "plain": [1, 2.5, "x", None, True, (1, 2), 2**40],
+    **{str(dtype): torch.ones(3, dtype=dtype) for dtype in (torch.float16, torch.bfloat16, torch.bool, torch.int64)},
+}
+
+
+def saved(path: Path, value: Any, **options: Any) -> Path:
+    torch.save(value, path, **options)
+    return path
+
+
+def test_pickled_tensors_come_out_as_torch_reads_them(tmp_path: Path) -> None:
+    file = saved(tmp_path / "x.pt", TREE)
+    ours, theirs = untrusted.read_pickled(file), torch.load(file, weights_only=True)
+    assert list(ours) == list(theirs) and ours["plain"] == theirs["plain"]
+    for name, tensor in ours.items():
+        if name != "plain":
+            assert torch.equal(tensor, theirs[name]) and tensor.dtype == theirs[name].dtype, name
+            assert tensor.stride() == theirs[name].stride() and not tensor.requires_grad
+
+
+def test_a_state_dict_keeps_its_order_and_shares_what_was_shared(tmp_path: Path) -> None:
+    linear = torch.nn.Linear(3, 4)
+    state = linear.state_dict() | {"again": linear.weight.detach()}
+    ours = untrusted.read_pickled(saved(tmp_path / "x.pt", state))
+    assert list(ours) == ["weight", "bias", "again"] and torch.equal(ours["weight"], linear.weight)
+    assert ours["weight"].data_ptr() == ours["again"].data_ptr()
+
+
+def test_what_is_changed_in_memory_never_reaches_the_file(tmp_path: Path) -> None:
+    file = saved(tmp_path / "x.pt", {"a": torch.zeros(4)})
+    before = file.read_bytes()
+    untrusted.read_pickled(file)["a"].fill_(1)
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("value", "options", "match"),
+    [
+        (torch.ones(1).expand(10**6, 10**6), {}, "in a record of 1 values"),
+        (torch.empty(2, 2, device="meta"), {}, "_rebuild_meta_tensor"),
+        (torch.eye(3).to_sparse(), {}, "_rebuild_sparse_tensor"),
+        (print, {}, "print"),
+        (torch.ones(1), {"_use_new_zipfile_serialization": False}, "since 1.6"),
+    ],
+)
+def test_what_is_no_plain_tensor_is_refused(value: Any, options: Any, match: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, pickle.UnpicklingError), match=match):
+        untrusted.read_pickled(saved(tmp_path / "x.pt", {"a": value}, **options))
+
+
+def repacked(file: Path, old: bytes, new: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(file) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content.replace(old, new) if name.endswith(".pkl") else content)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        (b"K\x04tq", b"K\x05tq", "its record 0 is shorter than it says"),
+        (b"K\x04\x85", b"K\x05\x85", "in a record of 4 values"),
+        (b"K\x00K\x04\x85", b"K\x01K\x04\x85", "in a record of 4 values"),
+        (b"}q\x00", b"}r\xff\xff\xff\x7f", "numbers more values than it has"),
+        (b"}q\x00", b"}q\x00\x96\x00\x00\x00\x00\x01\x00\x00\x00", "BYTEARRAY8|expected .* bytes"),
+        (b"FloatStorage", b"Size", "torch.Size"),
+    ],
+)
+def test_a_pickle_that_asks_for_more_than_the_file_has(old: bytes, new: bytes, match: str, tmp_path: Path) -> None:
+    file = repacked(saved(tmp_path / "x.pt", {"a": torch.ones(4)}), old, new)
+    with pytest.raises((ValueError, pickle.UnpicklingError), match=match):
+        untrusted.read_pickled(file)
+
+
+def test_records_anywhere_in_the_file_are_read(tmp_path: Path) -> None:
+    """Another writer may not align them."""
+    file = repacked(saved(tmp_path / "x.pt", {"a": torch.arange(4.0)}), b"", b"")
+    assert torch.equal(untrusted.read_pickled(file)["a"], torch.arange(4.0))
+
+
+def test_a_compressed_archive_of_tensors_is_not_inflated(tmp_path: Path) -> None:
+    file = repacked(saved(tmp_path / "x.pt", {"a": torch.ones(4)}), b"", b"", zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="compressed"):
+        untrusted.read_pickled(file)
+
+
+def test_npz(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez_compressed(tmp_path / "x.npz", a=np.zeros((1000, 10)))
+    assert untrusted.read_npz(tmp_path / "x.npz")["a"].shape == (1000, 10)
+    monkeypatch.setattr(untrusted, "ROOM", 1000)
+    with pytest.raises(ValueError, match="would unpack to"):
+        untrusted.read_npz(tmp_path / "x.npz")
+
+
+def test_yaml_without_aliases_is_what_pyyaml_reads() -> None:
+    assert untrusted.plain_yaml("a: 1\nb: [x, {c: 1.5}]\nd: null") == {"a": 1, "b": ["x", {"c": 1.5}], "d": None}
+    with pytest.raises(ValueError, match=r"alias \*a: write the value out"):
+        untrusted.plain_yaml("a: &a [1]\nb: *a")
+
+
+@pytest.mark.parametrize("read", [untrusted.plain_json, untrusted.plain_yaml])
+def test_plain_data_of_a_depth_and_size_that_can_be_handled(read: Any) -> None:
+    assert read("[" * 60 + "]" * 60) is not None and read(f"[{'9' * 300}]") is not None
+    for text, match in (("[" * 90 + "]" * 90, "nested more than 64 deep"), (f"[{'9' * 400}]", "beyond 2")):
+        with pytest.raises(ValueError, match=match):
+            read(text)
+    with pytest.raises(ValueError, match="nested more than"):
+        untrusted.plain_json("[" * 100_000)
+    with pytest.raises(ValueError, match="beyond 2"):
+        untrusted.plain_yaml(f"? 0x{'f' * 6000}\n: 1")
+
+
+def test_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(untrusted, "MOST_LINE", 8)
+    (tmp_path / "x").write_text("1234567\n\nabc")
+    with (tmp_path / "x").open() as handle, pytest.raises(ValueError, match="a line is longer"):
+        list(untrusted.bounded_lines(handle))
+    (tmp_path / "x").write_text("123456\n\nabc")
+    with (tmp_path / "x").open() as handle:
+        assert list(untrusted.bounded_lines(handle)) == ["123456\n", "\n", "abc"]
+
+
+def test_parquet_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    file = tmp_path / "x.parquet"
+    columns = {"text": [f"text {n}" for n in range(5000)], "id": list(range(5000)), "source_dataset": ["a"] * 5000}
+    parquet.write_table(pa.table(columns), file, row_group_size=1500)
+    wanted = ("text", "source_dataset")
+    rows = list(untrusted.parquet_rows(file, wanted))
+    assert [row["text"] for row in rows] == columns["text"] and set(rows[0]) == set(wanted)
+    assert (
+        set(next(untrusted.parquet_rows(file)))
+        == set(next(untrusted.parquet_rows(file, ("absent", "id"))))
+        == {
+            *wanted,
+            "id",
+        }
+    )
+    monkeypatch.setattr(untrusted, "ROOM", 0)
+    monkeypatch.setattr(untrusted, "TIMES", 0)
+    with pytest.raises(ValueError, match="would unpack to"):
+        list(untrusted.parquet_rows(file))
+    monkeypatch.setattr(untrusted, "MOST_ROWS", 0)
+    with pytest.raises(ValueError, match="5,000 rows in"):
+        list(untrusted.parquet_rows(file))
+
+
+def test_names_and_texts_from_files_are_made_harmless() -> None:
+    assert untrusted.listed(["a", "b\n\x1b[2J", "é"]) == r"a, b\n\x1b[2J, é"
+    assert untrusted.listed([]) == "none" and untrusted.listed(list("abc"), 2) == "a, b, and 1 more"
+    assert len(untrusted.listed(["x" * 10**6])) == 63
+    assert untrusted.spellable("é\U0001f600") == "é\U0001f600"
+    assert untrusted.spellable("\ud83d\ude00 \ud800") == "\U0001f600 \ufffd"
