@@ -1,0 +1,88 @@
+"""A browser, and reports to open in it: of a small made-up run, and of a real embedded one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dictionary_learning.report import write_report
+from tests.report.report_cases import HOSTILE, make_analysis, make_run, vocabulary
+
+ARGUMENTS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+HOSTILE_LABEL = f"{HOSTILE[0]} {HOSTILE[2]} label"
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """Chromium of the machine; nothing is downloaded."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium: Any) -> Iterator[Callable[..., Any]]:
+    """opened(path, hash, **options of the context): a page that is ready, with `errors` and `requests` it made."""
+    contexts = []
+
+    def open_page(path: Path, hash: str = "", **options: Any) -> Any:
+        context = chromium.new_context(viewport={"width": 1280, "height": 900}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        log = SimpleNamespace(errors=[], requests=[])
+        page.on(
+            "console", lambda message: log.errors.append(message.text) if message.type in ("error", "warning") else 0
+        )
+        page.on("pageerror", lambda error: log.errors.append(str(error)))
+        page.on("request", lambda request: log.requests.append(request.url))
+        page.goto(path.as_uri() + hash)
+        page.wait_for_selector("body[data-ready]", state="attached", timeout=15_000)
+        page.log = log
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a made-up run with three dictionaries, two of them analysed; its names and texts are hostile."""
+    run = make_run(tmp_path_factory.mktemp("report") / "run <b>&amp;", dictionaries=3)
+    strings = vocabulary() | {400 + i: text for i, text in enumerate(HOSTILE)}
+    rng = np.random.default_rng(1)
+    text_DT = np.where(
+        rng.random((60, 120)) < 0.1, rng.integers(400, 409, (60, 120)), (rng.zipf(1.3, (60, 120)) - 1) % 400
+    )
+    corpora = ["pubmedqa", "<i>medmcqa</i>", "med\u202eqa"]
+    make_analysis(run, text_DT=text_DT, strings=strings, corpora=corpora, labels={7: HOSTILE_LABEL})
+    return write_report(run)
+
+
+@pytest.fixture(scope="session")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a tiny sweep on the embedded model, trained and analysed here."""
+    from dictionary_learning.analysis.job import analyze
+    from dictionary_learning.analysis.one_pass import Measures
+    from dictionary_learning.demo import main
+
+    folder = tmp_path_factory.mktemp("embedded") / "run"
+    sizes = "--layers 1 --num_tokens 20000 --batch_size 512 --widths 256 --buffer_contexts 48 --eval_tokens 400".split()
+    sweep = "--architectures top_k --log_steps 10 --state_every 0 --no-report".split()
+    assert main(["--save_dir", str(folder), *sizes, *sweep]) == 0
+    analyze(folder, measures=Measures(tokens=10_000, samples=6, ablate=0), dictionaries=["trainer_0", "trainer_1"])
+    return write_report(folder)

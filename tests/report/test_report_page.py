@@ -1,0 +1,387 @@
+"""The report in a real browser: a reader finds a latent and its texts, with any device, and nothing leaves the page."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dictionary_learning.report import write_report
+from tests.report.conftest import HOSTILE_LABEL
+from tests.report.report_cases import make_run
+
+Open = Callable[..., Any]
+
+
+def first_cells(page: Any, column: str) -> list[str]:
+    return page.locator(f".body .c-{column}").all_inner_texts()
+
+
+def until(page: Any, condition: str, arg: Any = None) -> None:
+    """Wait for a condition. Playwright's own way evaluates strings in the page, which the page's policy forbids."""
+    deadline = time.monotonic() + 10
+    while not page.evaluate(condition, arg):
+        assert time.monotonic() < deadline, f"still not: {condition}"
+        page.wait_for_timeout(20)
+
+
+def settled(page: Any) -> None:
+    """Wait until the chosen latent stands in the pane."""
+    until(page, "Boolean(document.querySelector('#feature .path b') && document.querySelector('#feature .stats'))")
+
+
+def test_embedded_run_opens_without_errors_or_requests(opened: Open, embedded: Path) -> None:
+    page = opened(embedded)
+    settled(page)
+    assert page.locator("#run-status").inner_text() == "complete"
+    assert page.locator("#front-recovered .mark").count() == page.locator("#dictionaries tbody tr").count() == 4
+    assert page.locator("#curves .curve").count() == 4
+    assert page.locator("#histograms .density").count() == 2
+    assert page.locator("#feature .examples .t.peak").count() >= 1
+    assert page.log.errors == []
+    assert page.log.requests == [embedded.as_uri()]
+
+
+def test_search_finds_a_latent_of_a_real_run_and_a_click_shows_its_texts(opened: Open, embedded: Path) -> None:
+    page = opened(embedded)
+    settled(page)
+    labelled = page.locator(".body .row:has(.words)").nth(4)
+    number, word = labelled.get_attribute("data-feature"), labelled.locator(".words").inner_text().split(",")[0]
+    page.fill("#search", word)
+    until(page, "document.getElementById('count').textContent.includes(' of 256 latents')")
+    found = page.locator(f".body .row[data-feature='{number}']")
+    assert found.count() == 1
+    found.click()
+    until(page, "(n) => document.querySelector('#feature .path b').textContent === n", arg=number)
+    peak = page.locator("#feature .examples .peak").first
+    assert peak.evaluate("node => getComputedStyle(node).backgroundColor") not in ("rgba(0, 0, 0, 0)", "transparent")
+    shown = float(page.locator("#feature .example .act").first.inner_text())
+    peak.hover()
+    page.wait_for_selector("#tip:not([hidden])")
+    told = float(page.locator("#tip").inner_text().rpartition("activation ")[2])
+    assert told == pytest.approx(shown, rel=0.006)  # the same number, with a digit more
+
+
+def test_tooltip_tells_token_and_activation_of_every_token(opened: Open, small: Path) -> None:
+    page = opened(small, "#trainer_0/8")
+    settled(page)
+    example = page.locator("#feature .example").first
+    example.locator(".t:not([class*=' h']):text-matches('^ (the|with|acute|renal|failure|was)')").first.hover()
+    page.wait_for_selector("#tip:not([hidden])")
+    assert "does not fire here" in page.locator("#tip").inner_text()
+    example.focus()
+    page.keyboard.press("ArrowRight")  # the tokens that it fires on, without a mouse
+    assert "activation" in page.locator("#tip").inner_text() and "activation" in page.locator("#said").inner_text()
+
+
+def test_search_is_over_labels_tokens_descriptions_and_numbers(opened: Open, small: Path) -> None:
+    page = opened(small)
+    settled(page)
+    page.fill("#search", "11")
+    until(page, "document.querySelector('.body .row')?.dataset.feature === '11'")
+    page.fill("#search", "zzzz")
+    until(page, "document.getElementById('count').textContent === 'No latent matches.'")
+    page.fill("#search", "")
+    page.select_option("#status", label="dead")
+    until(page, "document.getElementById('count').textContent === '1 of 96 latents'")
+    assert first_cells(page, "feature") == ["3"]
+    page.select_option("#status", label="all latents")
+    page.select_option("#corpus", index=1)
+    until(page, "!document.getElementById('count').textContent.startsWith('96')")
+    assert set(first_cells(page, "corpus")) == {"pubmedqa"}
+
+
+@pytest.mark.parametrize("column", ["density", "feature", "max"])
+def test_sorting_goes_both_ways(opened: Open, small: Path, column: str) -> None:
+    page = opened(small)
+    settled(page)
+    head = page.locator(f"#table .c-{column}[role=columnheader]")
+
+    def values() -> list[float]:
+        page.evaluate("document.querySelector('.rows').scrollTop = 0")
+        texts = [text.strip().replace("−", "-") for text in first_cells(page, column)]
+        return [float(text) for text in texts if text != "–"]
+
+    head.locator("button").click()
+    one, way = values(), head.get_attribute("aria-sort")
+    page.locator(f"#table .c-{column}[role=columnheader] button").click()
+    other, back = values(), page.locator(f"#table .c-{column}[role=columnheader]").get_attribute("aria-sort")
+    assert {way, back} == {"ascending", "descending"}
+    up, down = (one, other) if way == "ascending" else (other, one)
+    assert len(up) > 10 and up == sorted(up) and down == sorted(down, reverse=True) and up[0] < down[0]
+
+
+def test_dictionaries_are_chosen_in_chart_and_table_and_sorted(opened: Open, small: Path) -> None:
+    page = opened(small)
+    settled(page)
+    page.locator("#front-explained .mark[data-dictionary='1']").click()
+    until(page, "document.querySelector('#feature .path').textContent.startsWith('trainer_1')")
+    assert page.locator("#dictionaries tr.on").inner_text().startswith("trainer_1")
+    assert page.evaluate("location.hash").startswith("#trainer_1")
+    page.locator("#front-recovered .mark[data-dictionary='2']").hover()
+    assert "0.9600" in page.locator("#tip").inner_text()
+    page.locator("#dictionaries thead [data-key=l0] button").click()
+    assert page.locator("#dictionaries tbody tr").first.inner_text().startswith("trainer_2")
+    page.locator("#dictionaries thead [data-key=l0] button").click()
+    assert page.locator("#dictionaries tbody tr").first.inner_text().startswith("trainer_0")
+    page.locator("#dictionaries tbody tr").last.click()
+    assert page.locator("#count").inner_text() == "This dictionary was not analysed."
+
+
+def test_keyboard_alone_reaches_everything(opened: Open, small: Path) -> None:
+    page = opened(small, "#trainer_0/0")
+    settled(page)
+    number = "document.querySelector('#feature .path b').textContent"
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "search"
+    page.keyboard.type("t")  # a letter, while typing, not a command
+    assert page.input_value("#search") == "t"
+    page.keyboard.press("Escape")
+    assert page.input_value("#search") == ""
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.id") == "table"
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    for key, expected in (("j", "1"), ("ArrowDown", "2"), ("k", "1"), ("End", "95"), ("Home", "0"), ("ArrowUp", "0")):
+        page.keyboard.press(key)
+        until(page, f"{number} === '{expected}'")
+        assert page.get_attribute("#table", "aria-activedescendant") == f"row-{expected}"
+        assert page.locator(f"#row-{expected}").is_visible()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "feature"
+    page.keyboard.press("]")
+    until(page, "document.querySelector('#feature .path').textContent.startsWith('trainer_1')")
+    page.keyboard.press("?")
+    assert page.locator("#help").is_visible() and "search" in page.locator("#help").inner_text()
+    page.keyboard.press("Escape")
+    assert not page.locator("#help").is_visible()
+    page.locator("#front-recovered .mark[data-dictionary='0']").focus()
+    assert "loss recovered" in page.locator("#tip").inner_text()
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('#feature .path').textContent.startsWith('trainer_0')")
+
+
+def test_address_leads_to_a_latent_and_follows(opened: Open, small: Path) -> None:
+    page = opened(small, "#trainer_1/42")
+    settled(page)
+    assert page.locator("#feature .path").text_content().startswith("trainer_1 / 42")
+    assert page.locator("#row-42").is_visible()
+    page.locator("#feature .links a").first.click()
+    target = page.evaluate("location.hash")
+    until(page, "(n) => document.querySelector('#feature .path b').textContent === n", arg=target.split("/")[1])
+    for wrong in ("#trainer_9/1", "#trainer_0/5000", "#%zz", "#trainer_0/-1", "#__proto__/1"):
+        other = opened(small, wrong)
+        settled(other)
+        assert other.log.errors == []
+
+
+def test_hostile_texts_and_names_are_shown_as_text(opened: Open, small: Path) -> None:
+    page = opened(small, "#trainer_0/7")
+    settled(page)
+    assert page.locator("#run-name").inner_text() == "run <b>&amp;"
+    assert page.title().startswith("run <b>&amp;")
+    heading = page.locator("#feature h3")
+    assert heading.inner_text() == HOSTILE_LABEL.replace("\u202e", "U+202E").replace("\u202c", "U+202C")
+    assert "<i>medmcqa</i>" in page.locator("#feature .corpora").inner_text()
+    page.select_option("#corpus", label="medU+202Eqa")
+    seen = ""
+    for feature in range(8, 20):
+        page.evaluate(f"location.hash = '#trainer_0/{feature}'")
+        until(page, "(n) => document.querySelector('#feature .path b').textContent === n", arg=str(feature))
+        for group in page.locator("#feature details").all():
+            group.evaluate("node => { node.open = true; }")
+        seen += page.locator("#feature").inner_text()
+    for shown in (
+        "<script>window.hacked=1</script>",
+        "onerror=window.hacked=2>",
+        "U+202Egnp.exeU+202C",
+        "a␀b␇c␛[31m",
+        "U+D800",
+        "👩‍⚕️",
+        "مرحبا",
+        "⏎⇥␍",
+        "\"'`&amp;",
+    ):
+        assert shown in seen.replace("\n", ""), shown
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("main img, main script, main b > i, main i").count() == 0
+    assert not any(ord(c) in (0, 7, 27, 0x202E, 0x202C) for c in page.evaluate("document.body.innerText"))
+    isolated = page.locator("#feature .text").first.evaluate("node => [getComputedStyle(node).unicodeBidi, node.dir]")
+    assert isolated[0] in ("isolate", "plaintext") and isolated[1] == "auto"
+    assert page.log.errors == [] and len(page.log.requests) == 1
+
+
+CONTRAST = """
+(selectors) => {
+  const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const rgba = (css) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = css; canvas.fillRect(0, 0, 1, 1);
+    const d = canvas.getImageData(0, 0, 1, 1).data; return [d[0], d[1], d[2], d[3] / 255]; };
+  const over = (top, under) => top.slice(0, 3).map((v, i) => v * top[3] + under[i] * (1 - top[3]));
+  const colour = (node) => rgba(getComputedStyle(node).backgroundColor);
+  const ground = (node) => { const seen = []; for (let n = node; n; n = n.parentElement) seen.push(colour(n));
+    return seen.reverse().reduce((under, top) => over(top, under), [255, 255, 255]); };
+  const linear = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = (c) => { const [r, g, b] = c.map((v) => linear(v / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  return selectors.map((selector) => { const node = document.querySelector(selector); const under = ground(node);
+    const a = light(over(rgba(getComputedStyle(node).color), under)), b = light(under);
+    return [selector, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)]; });
+}
+"""
+READ = [
+    "h1",
+    "#facts dt",
+    "#facts dd",
+    ".hint",
+    "#dictionaries td",
+    ".body .c-label",
+    ".body .c-feature",
+    ".row.on .c-feature",
+]
+READ += [
+    "#feature .text",
+    "#feature .peak",
+    "#feature .where",
+    "#feature .stats dt",
+    "#feature .link b",
+    ".tok",
+    ".badge",
+    ".note",
+    "#run-status",
+]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_contrast_in_light_and_dark(opened: Open, small: Path, scheme: str) -> None:
+    page = opened(small, "#trainer_0/8", color_scheme=scheme)
+    settled(page)
+    page.evaluate("document.getElementById('notes').innerHTML = '<p class=\"note warning\">note</p>'")
+    measured = page.evaluate(CONTRAST, READ)
+    assert {selector: round(ratio, 2) for selector, ratio in measured if ratio < 4.5} == {}
+    ground = "getComputedStyle(document.body).backgroundColor"
+    before = page.evaluate(ground)
+    page.click("#theme")
+    assert page.evaluate(ground) != before
+    assert all(ratio >= 4.5 for _, ratio in page.evaluate(CONTRAST, READ))
+    page.reload()
+    page.wait_for_selector("body[data-ready]", state="attached")
+    assert page.evaluate(ground) != before  # the choice is kept
+
+
+def test_phone_has_no_horizontal_scroll(opened: Open, small: Path) -> None:
+    page = opened(small, "#trainer_0/8")
+    page.set_viewport_size({"width": 390, "height": 844})
+    settled(page)
+    page.wait_for_timeout(200)  # charts are drawn again for the width
+    assert page.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [390, 390]
+    wide = "[...document.querySelectorAll('#front .chart svg, #curves svg, #feature, .browse')]"
+    over = f"{wide}.filter(n => n.getBoundingClientRect().right > 391).length"
+    assert page.evaluate(over) == 0
+    page.locator(".body .row").nth(2).click()
+    until(page, "document.getElementById('feature').getBoundingClientRect().top < 200")
+
+
+def test_paper_has_the_charts_and_the_latent_but_no_controls(opened: Open, small: Path) -> None:
+    page = opened(small, "#trainer_0/8", color_scheme="dark")
+    settled(page)
+    page.emulate_media(media="print")
+    for hidden in (".top", ".browse", "#metric", "footer"):
+        assert not page.locator(hidden).is_visible()
+    for shown in ("#front-recovered svg", "#dictionaries", "#curves svg", "#feature .examples"):
+        assert page.locator(shown).first.is_visible()
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    pane = page.locator("#feature")
+    assert pane.evaluate("n => [getComputedStyle(n).overflowY, n.scrollHeight <= n.clientHeight + 1]") == [
+        "visible",
+        True,
+    ]
+    assert page.pdf()[:4] == b"%PDF"
+
+
+def test_rows_of_a_long_table_exist_only_in_sight(opened: Open, small: Path) -> None:
+    page = opened(small)
+    settled(page)
+    assert 0 < page.locator(".body .row").count() < 60
+    assert page.get_attribute("#table", "aria-rowcount") == "97"
+    page.evaluate("document.querySelector('.rows').scrollTop = 1e6")
+    until(page, "Boolean(document.getElementById('row-95'))")
+
+
+def test_charts_work_without_an_analysis_and_of_a_broken_off_run(opened: Open, tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path / "run", status="stopped: SIGTERM", stopped_dictionaries={"trainer_1": "its loss is not a number"}
+    )
+    for name in ("trainer_0", "trainer_1", "trainer_2"):
+        (run / name / "eval_results.json").unlink()
+    page = opened(write_report(run))
+    notes = page.locator("#notes").inner_text()
+    assert "stopped (SIGTERM)" in notes and "sae-factory analyze run" in notes and "its loss is not a number" in notes
+    assert page.locator("#front-explained .mark.hollow").count() == 3
+    assert "No dictionary has a loss recovered" in page.locator("#front-recovered").inner_text()
+    assert not page.locator("#features").is_visible() and not page.locator("#densities").is_visible()
+    page.locator("#metric [data-metric=explained]").click()
+    assert page.locator("#metric [aria-pressed=true]").inner_text() == "Explained variance"
+    assert page.log.errors == []
+
+
+def test_whole_texts_are_shown_as_they_are(opened: Open, tmp_path: Path) -> None:
+    from tests.report.report_cases import make_whole_texts
+
+    run = make_run(tmp_path / "run")
+    make_whole_texts(run, ["short <b>text</b>", "long " * 400, "\u202ereversed"])
+    page = opened(write_report(run), "#trainer_0/0")
+    settled(page)
+    texts = page.locator("#feature .examples .text").all_inner_texts()
+    assert any("short <b>text</b>" in text for text in texts) and any("U+202Ereversed" in text for text in texts)
+    long = page.locator("#feature .text:has(.more)").first
+    short = len(long.inner_text())
+    long.locator(".more").click()
+    assert (
+        page.locator("#feature .text").evaluate_all("nodes => Math.max(...nodes.map(n => n.textContent.length))")
+        > short + 1000
+    )
+    assert page.log.errors == []
+
+
+def test_frame_of_a_notebook_shows_a_latent_and_leaks_nothing(chromium: Any, tmp_path: Path, small: Path) -> None:
+    from dictionary_learning.report.notebook import show_feature, show_run
+
+    run = small.parent
+    shown = show_feature(run, "trainer_1", 9)._repr_html_() + show_run(run)._repr_html_()
+    host = tmp_path / "notebook.html"
+    host.write_text(
+        f"<!doctype html><meta charset=utf-8><style>h1{{color:rgb(1,2,3)}}</style><h1>cell</h1>{shown}",
+        encoding="utf-8",
+    )
+    page = chromium.new_page()
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(host.as_uri())
+    one, whole = page.frames[1:]
+    one.wait_for_selector("#feature .stats")
+    whole.wait_for_selector("#feature .stats")
+    assert one.locator("#feature .path").text_content().startswith("trainer_1 / 9")
+    assert not one.locator(".browse").is_visible() and whole.locator(".browse").is_visible()
+    assert page.locator("h1").evaluate("node => getComputedStyle(node).color") == "rgb(1, 2, 3)"
+    assert page.locator("body").evaluate("node => getComputedStyle(node).margin") == "8px"
+    assert errors == []
+    assert len(show_feature(run, "trainer_1", 9).page) < 0.6 * len(show_run(run).page)
+    page.close()
+
+
+def test_sixteen_thousand_latents_are_usable_within_two_seconds(opened: Open, tmp_path: Path) -> None:
+    from tests.report.report_cases import make_analysis
+
+    run = make_run(tmp_path / "run", dictionaries=1, width=16_384)
+    make_analysis(run, ["trainer_0"], features=16_384, top=10, samples=0, window=16)
+    path = write_report(run)
+    assert path.stat().st_size < 60e6
+    page = opened(path)
+    settled(page)
+    (mark,) = json.loads(page.evaluate("JSON.stringify(performance.getEntriesByName('first-table'))"))
+    assert mark["startTime"] < 2000
+    page.fill("#search", "16383")
+    until(page, "document.querySelector('.body .row')?.dataset.feature === '16383'")
