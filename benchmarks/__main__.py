@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from benchmarks import memory, peers, quality, results, scaling, step, stream
+from benchmarks import analysis, memory, peers, quality, ranks, results, scaling, step, stream
 from dictionary_learning.errors import UserError
 
 SECTIONS: dict[str, ModuleType] = {
@@ -28,6 +28,8 @@ SECTIONS: dict[str, ModuleType] = {
     "stream": stream,
     "scaling": scaling,
     "memory": memory,
+    "analysis": analysis,
+    "ranks": ranks,
     "quality": quality,
 }
 BY_DEFAULT = [name for name in SECTIONS if name != "quality"]  # which takes hours, and activations
@@ -49,6 +51,8 @@ class Run:
     stream: stream.Options = field(default_factory=stream.Options)
     scaling: scaling.Options = field(default_factory=scaling.Options)
     memory: memory.Options = field(default_factory=memory.Options)
+    analysis: analysis.Options = field(default_factory=analysis.Options)
+    ranks: ranks.Options = field(default_factory=ranks.Options)
     quality: quality.Options = field(default_factory=quality.Options)
 
 

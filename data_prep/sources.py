@@ -10,6 +10,7 @@ breaks off is taken up again after the rows already seen.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
@@ -29,12 +30,14 @@ from data_prep.formats import (
 )
 from data_prep.splits import question_key
 from dictionary_learning.errors import UserError, did_you_mean
+from dictionary_learning.untrusted import parquet_rows
 
 log = logging.getLogger("data_prep")
 
 SUFFIXES = (".jsonl", ".parquet")
 MAX_LINE_BYTES = 16 * 2**20
-ROW_BATCH = 256
+PLACE_ROWS = 10_000  # of a Hub split, between two places from which it can be read on
+MOST_KEYED = 10_000  # characters of a question: to level its accents takes the square of their number
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def _texts(
                 "source_dataset": record.corpus,
                 "id": record_id(record.record),
                 "where": record.where,
-                "question_key": question_key(question_of(record.record)),
+                "question_key": question_key(question_of(record.record)[:MOST_KEYED]),
             }
     if not texts:
         why = f"all {bad:,} were skipped, the first for: {first_reason}" if bad else "its files are empty"
@@ -274,28 +277,50 @@ def _parsed(line: bytes) -> Any:
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=ROW_BATCH):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{file} is not a readable parquet file ({_one_line(error)}).") from error
+    rows = parquet_rows(file)
+    for number in itertools.count(1):
+        try:
+            row = next(rows, None)
+        except Exception as error:  # pyarrow's own, and those of Python's types of what a column may hold
+            raise UserError(f"{file} is not a readable parquet file ({_one_line(error)}).") from error
+        if row is None:
+            return
+        yield number, row
 
 
 # ---------------------------------------------------------------------------------------------- the Hub
 
 
-def open_hub_split(hub_path: str, split: str, first_row: int) -> Iterator[dict[str, Any]]:
+class Place(NamedTuple):
+    """A row of a Hub split, counted from 0, and what the dataset has to be told to go on there."""
+
+    row: int
+    state: dict[str, Any]
+
+
+class HubSplit:
+    """Iterates over the rows of a streamed dataset from `first_row` on; from a place at or before it, without reading
+    what is before that."""
+
+    def __init__(self, dataset: Any, first_row: int, place: Place | None = None) -> None:
+        if place is not None:
+            dataset.load_state_dict(place.state)
+        self._dataset = dataset
+        self._rows = itertools.islice(dataset, first_row - (0 if place is None else place.row), None)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `Place.state` holds, behind the row given last."""
+        return self._dataset.state_dict()
+
+
+def open_hub_split(hub_path: str, split: str, first_row: int, place: Place | None = None) -> Iterable[dict[str, Any]]:
     """The rows of a dataset on the Hub from `first_row` on, streamed. The seam that tests replace."""
     from datasets import load_dataset
 
-    return iter(load_dataset(hub_path, split=split, streaming=True).skip(first_row))
+    return HubSplit(load_dataset(hub_path, split=split, streaming=True), first_row, place)
 
 
 def hub_rows(
@@ -306,8 +331,12 @@ def hub_rows(
     retries: int = 100,
     wait: float = 20.0,
     instead: str = "a local file or folder",
+    places: dict[int, Place] | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of any dataset on the Hub after the first `start`, with their numbers, which count from 1.
+
+    With `places`, {row: `Place`}, reading begins at the last of them before the row that is wanted, and every
+    `PLACE_ROWS` rows one is entered.
 
     A read that breaks is tried again, `wait` seconds later, after the last row it gave; `retries` failures in a row
     without a new row, or one that no retry can mend, end in a UserError that advises to work offline with `instead`.
@@ -318,8 +347,13 @@ def hub_rows(
     row, failures = start, 0
     while True:
         try:
-            for record in open_hub_split(hub_path, split, row):
+            known = [place for at, place in (places or {}).items() if at <= row]
+            nearest = {"place": max(known, key=lambda place: place.row)} if known else {}
+            rows = open_hub_split(hub_path, split, row, **nearest)
+            for record in rows:
                 row, failures = row + 1, 0
+                if places is not None and row % PLACE_ROWS == 0 and hasattr(rows, "state_dict"):
+                    places[row] = Place(row, rows.state_dict())
                 yield row, record
             return
         except Exception as error:

@@ -370,11 +370,12 @@ class ActivationBuffer:
 
     # ------------------------------------------------------------------------------------------- state
 
-    def state_dict(self) -> dict[str, Any]:
-        """The rows, which slots are filled, the generator, and the source's position. Tensors are copies on the CPU."""
+    def state_dict(self, *, live: bool = False) -> dict[str, Any]:
+        """The rows, which slots are filled, the generator, and the source's position. Tensors are copies on the CPU;
+        with `live` the rows are the ring itself, which the next draw changes."""
         self._settle()
         return {
-            "rows": {name: rows.to("cpu", copy=True) for name, rows in self._rows.items()},
+            "rows": {name: rows if live else rows.to("cpu", copy=True) for name, rows in self._rows.items()},
             "provenance": None if self._provenance is None else self._provenance.clone(),
             "context": torch.from_numpy(self._context.copy()),
             **self._slots.state_dict(),

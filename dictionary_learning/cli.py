@@ -11,10 +11,16 @@ COMMANDS = {  # name -> (module:function that takes the arguments and gives the 
     "harvest": ("dictionary_learning.harvest:main", "text -> activations saved as shards"),
     "train": ("dictionary_learning.demo:main", "text -> activations -> many trained dictionaries"),
     "fit": ("dictionary_learning.fit:main", "saved activations and a config.yaml -> one trained sparse autoencoder"),
+    "evaluate": ("dictionary_learning.evaluate_command:main", "dictionaries -> their metrics on any text"),
+    "analyze": ("dictionary_learning.analysis.command:main", "dictionaries, text -> what latents fire on and do"),
+    "describe": ("dictionary_learning.analysis.describe:main", "analysed latents -> descriptions by a language model"),
+    "steer": ("dictionary_learning.analysis.steer:main", "prompts -> what changes when a latent is turned"),
+    "report": ("dictionary_learning.report.command:main", "a run -> one self-contained page"),
     "export": ("dictionary_learning.formats.commands:export_main", "dictionaries -> the formats of other libraries"),
     "import": ("dictionary_learning.formats.commands:import_main", "dictionaries of other libraries -> ours"),
     "push": ("dictionary_learning.hub:push_main", "a run -> a repository on the Hugging Face Hub"),
     "sync": ("dictionary_learning.sync:main", "a run's log -> Weights & Biases, after the fact"),
+    "doctor": ("dictionary_learning.doctor:main", "what works on this machine, and the remedy for what does not"),
 }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dictionary_learning.errors import UserError, did_you_mean
+from dictionary_learning.untrusted import plain_json, plain_yaml, shown
 
 CONFIG_VERSION = 1
 DEBUG = False  # scripts written for the dictionary-learning package read it; nothing here has a debugging mode
@@ -105,6 +106,10 @@ class DictionarySpec:
     def __post_init__(self) -> None:
         if self.width < 1:
             raise UserError(f"The width of a dictionary must be positive, got {self.width}.")
+        try:
+            json.dumps(self.settings, allow_nan=False)
+        except (TypeError, ValueError) as error:  # YAML has dates and NaN
+            raise UserError(f"The settings of a dictionary must be what JSON can hold: {error}.") from None
         _check_seed(self.seed)
 
     def trainer_arguments(self) -> dict[str, Any]:
@@ -268,13 +273,13 @@ def config_from_dict(data: Any, where: str = "configuration") -> RunConfig:
     import pydantic
 
     if isinstance(data, Mapping) and data.get("version", CONFIG_VERSION) != CONFIG_VERSION:
-        raise UserError(f"{where}: version {data['version']!r} is not {CONFIG_VERSION}, which this program reads.")
+        raise UserError(f"{where}: version {shown(data['version'])} is not {CONFIG_VERSION}, which this program reads.")
     try:
         return pydantic.TypeAdapter(RunConfig).validate_python(data)
     except pydantic.ValidationError as error:
         errors = error.errors()  # a mistyped field is unknown under one name and missing under the other
         first = next((e for e in errors if e["type"] == "unexpected_keyword_argument"), errors[0])
-        place = f"field '{'.'.join(map(str, first['loc']))}'" if first["loc"] else "the top level"
+        place = f"field '{shown('.'.join(map(str, first['loc'])))}'" if first["loc"] else "the top level"
         if first["type"] == "unexpected_keyword_argument":
             owners = {"dictionaries": DictionarySpec, "sentence": SentenceSettings}
             owner = owners.get(str(first["loc"][0]), RunConfig) if len(first["loc"]) > 1 else RunConfig
@@ -291,8 +296,6 @@ def load_config(path: Path) -> RunConfig:
     Raises:
         UserError: the file is absent or damaged, or a field is wrong.
     """
-    import yaml
-
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -300,10 +303,10 @@ def load_config(path: Path) -> RunConfig:
         raise UserError(f"The configuration '{path}' can't be read: {why}.") from error
     form = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        data = json.loads(text) if form == "JSON" else yaml.safe_load(text)
+        data = plain_json(text) if form == "JSON" else plain_yaml(text)
     except Exception as error:  # PyYAML passes on whatever its constructors stumble over
         why = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"The configuration '{path}' is not valid {form}: {why}.") from error
+        raise UserError(f"The configuration '{path}' is not valid {form}: {shown(why, 300)}.") from error
     if isinstance(data, dict) and "config" in data:  # a run.json
         data = data["config"]
     return config_from_dict(data, str(path))

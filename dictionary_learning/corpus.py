@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dictionary_learning.errors import UserError, did_you_mean
+from dictionary_learning.untrusted import bounded_lines, listed, parquet_rows, rows_allowance, spellable
 
 log = logging.getLogger("dictionary_learning")
 
@@ -61,6 +62,8 @@ class Corpus:
     name: str
     read: Callable[[int], Iterator[Text]]
     fingerprint: str
+    places: dict[int, Any] | None = None
+    """Of a Hub dataset: {document: what to tell it to go on there}, filled by reading; a part of a stream's state."""
 
 
 class TextStream:
@@ -138,10 +141,19 @@ class TextStream:
         return self.split == "all" or (self.split == "heldout") == is_held_out(text, self.heldout_fraction)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "position": self.position}
+        """The cursor; of a Hub dataset also the last place from which it can be read on."""
+        cursor = {"epoch": self.epoch, "position": self.position}
+        begins = self.position if self.seed is None else self.position // self.block * self.block
+        before = [document for document in list(self.corpus.places or ()) if document <= begins]
+        return cursor if not before else cursor | {"place": list(self.corpus.places[max(before)])}  # type: ignore[index]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.position = state["epoch"], state["position"]
+        if "place" in state and self.corpus.places is not None:
+            from data_prep.sources import Place
+
+            place = Place(*state["place"])
+            self.corpus.places[place.row] = place
         self._iterator = None
 
 
@@ -183,17 +195,18 @@ def _as_text(item: Any, corpus: str, where: str = "") -> Text:
     if isinstance(item, Text):
         return item
     if isinstance(item, str):
-        return Text(item, corpus)
+        return Text(spellable(item), corpus)
     if isinstance(item, dict):
         text = item.get("text")
         if isinstance(text, str):
-            return Text(text, str(item.get("source_dataset") or corpus))
+            source = item.get("source_dataset")
+            return Text(spellable(text), spellable(source) if isinstance(source, str) and source else corpus)
         if "text" in item and text is None:
             return Text("", corpus)
         if "text" in item:
             raise UserError(f"Corpus '{corpus}' has a 'text'{where} that is {type(text).__name__}, not a string.")
         raise UserError(
-            f"Corpus '{corpus}' has no 'text'{where}: its fields are {', '.join(map(str, item)) or 'none'}; rename one "
+            f"Corpus '{corpus}' has no 'text'{where}: its fields are {listed(list(item))}; rename one "
             f"to 'text', or use raw records of the medical QA corpora.{did_you_mean('text', item)}"
         )
     raise UserError(f"Corpus '{corpus}' yields {type(item).__name__}{where} where a text is expected.")
@@ -330,25 +343,22 @@ def _file_corpus(name: str, files: Sequence[Path]) -> Corpus:
 def _rows(file: Path) -> Iterator[Any]:
     """Records of one file: a dict a JSON line or parquet row, a string a line of text."""
     if file.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet as parquet
-
+        rows = parquet_rows(file, ("text", "source_dataset"))
         try:
-            table = parquet.ParquetFile(file)
-            names = [n for n in table.schema_arrow.names if n in ("text", "source_dataset")]
-            columns = names if "text" in names else None  # without a text: whole rows, so that the error can name them
-            for batch in table.iter_batches(batch_size=1024, columns=columns):
-                yield from batch.to_pylist()
-        except pyarrow.ArrowException as error:
-            raise UserError(f"Corpus file '{file}' is not readable as parquet: {error}") from error
+            yield from rows
+        except Exception as error:  # pyarrow's own, a file that is gone, and those of what a column may hold
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"Corpus file '{file}' is not readable as parquet: {why.rstrip('.')}.") from error
         return
     opener = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8-sig", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(bounded_lines(lines, rows_allowance(file)), 1):
                 if line.strip():
                     yield line.rstrip("\n") if file.suffix == ".txt" else _parsed(line, file, number)
-    except (OSError, EOFError, zlib.error) as error:
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"Corpus file '{file}' is not readable: {error}.") from error
 
 
@@ -367,8 +377,11 @@ def _hub_corpus(path: str, split: str, tries: HubTries = HUB_TRIES) -> Corpus:
         if spec.hub_path == path:
             return _medical_corpus(path, "hub", f"hub:{path}", [spec.name], tries)
 
+    places: dict[int, Any] = {}
+
     def read(start: int) -> Iterator[Text]:
-        for row, record in hub_rows(path, split, start=start, retries=tries.number, wait=tries.wait):
+        rows = hub_rows(path, split, start=start, retries=tries.number, wait=tries.wait, places=places)
+        for row, record in rows:
             yield _as_text(record, path, f" in split '{split}', row {row}")
 
-    return Corpus(path, read, f"hub:{path}:{split}")
+    return Corpus(path, read, f"hub:{path}:{split}", places)

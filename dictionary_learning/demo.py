@@ -17,7 +17,10 @@ if __package__ in (None, ""):  # run as a file: sys.path[0] is this folder, the 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
+import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
+import itertools  # noqa: E402
+import time  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from importlib.metadata import version  # noqa: E402
 from typing import TYPE_CHECKING, Any, cast  # noqa: E402
@@ -27,7 +30,8 @@ import tyro  # noqa: E402
 from dictionary_learning import storage  # noqa: E402
 from dictionary_learning.config import RunConfig  # noqa: E402
 from dictionary_learning.demo_args import DemoArgs, resolve_config  # noqa: E402
-from dictionary_learning.errors import UserError, exit_code  # noqa: E402
+from dictionary_learning.distributed import Ranks, rank_exit_code  # noqa: E402
+from dictionary_learning.errors import UserError  # noqa: E402
 from dictionary_learning.hub_client import check_push  # noqa: E402
 
 if TYPE_CHECKING:
@@ -46,10 +50,10 @@ CHECKPOINTS = (0.01, 0.0316, 0.1, 0.316)  # of the run, with --save_checkpoints
 def load_model(config: RunConfig, device: Any) -> TracedLM:
     """The run's language model."""
     from data_prep.embedded import MODEL_DIR
-    from dictionary_learning.activations.language_model import TracedLM
+    from dictionary_learning.activations.fitting import FittingLM
 
     name = str(MODEL_DIR) if config.model_name == "embedded" else config.model_name
-    lm = TracedLM.load(name, dtype=config.dtype, device=device)
+    lm = FittingLM.load(name, dtype=config.dtype, device=device)
     if lm.max_positions is not None and config.ctx_len > lm.max_positions:
         raise UserError(
             f"ctx_len {config.ctx_len} is longer than the {lm.max_positions} positions of {config.model_name}."
@@ -79,14 +83,23 @@ def make_contexts(config: RunConfig, lm: TracedLM, corpus: Corpus, *, heldout: b
     return ContextPacker(stream, lm.tokenizer, ctx_len=config.ctx_len, batch_contexts=contexts)
 
 
-def make_trainers(config: RunConfig, lm: TracedLM | SentenceEncoder, device: Any) -> list[Any]:
-    """A trainer for every dictionary of the run."""
+def make_trainers(
+    config: RunConfig,
+    lm: TracedLM | SentenceEncoder,
+    device: Any,
+    began: Sequence[Any] = (),
+    numbers: Sequence[int] | None = None,
+    shards: Ranks | None = None,
+) -> list[Any]:
+    """A trainer for every dictionary of the run, or for those of some `numbers`, split over the ranks of `shards`;
+    `began` are the settings that those of a resumed run began with."""
     from dictionary_learning.planning import build_trainer
 
     points = {point.name: point for point in lm.resolve(config.hook_points)}
+    specs = list(itertools.zip_longest(config.dictionaries, began[: len(config.dictionaries)]))
     return [
-        build_trainer(config, spec, points[spec.hook_point].width, points[spec.hook_point].layer, device)
-        for spec in config.dictionaries
+        build_trainer(config, s, points[s.hook_point].width, points[s.hook_point].layer, device, settings, shards)
+        for s, settings in (specs if numbers is None else (specs[number] for number in numbers))
     ]
 
 
@@ -106,26 +119,32 @@ def make_source(config: RunConfig, lm: Any, corpus: Corpus) -> ActivationSource:
     )
 
 
-def make_buffer(config: RunConfig, lm: Any, corpus: Corpus, device: Any) -> ActivationBuffer:
-    """The buffer that mixes them."""
+def make_buffer(
+    config: RunConfig, lm: Any, corpus: Corpus, ranks: Ranks, wanted: Sequence[Any], read_ahead: int | None = None
+) -> ActivationBuffer:
+    """The buffer that mixes them, of the hook points that each rank wants."""
     from dictionary_learning.buffer import ActivationBuffer
+    from dictionary_learning.distributed.harvest import RankedBuffer
 
     shared: dict[str, Any] = {
         "n_ctxs": config.buffer_contexts,
         "ctx_len": config.rows_per_context,
         "refresh_batch_size": config.harvest_contexts,
         "out_batch_size": config.batch_size,
-        "device": device,
+        "device": ranks.device,
         "seed": config.seed,
     }
     if config.sentence is not None:
-        return ActivationBuffer(None, make_source(config, lm, corpus), **shared)
-    return ActivationBuffer(
+        return ActivationBuffer(None, make_source(config, lm, corpus), **shared, read_ahead=read_ahead)
+    return RankedBuffer(
         make_stream(config, corpus, heldout=False),
         lm,
         config.hook_points,
         remove_bos=config.remove_bos,
         max_activation_norm_multiple=config.max_activation_norm_multiple,
+        read_ahead=read_ahead,
+        ranks=ranks,
+        wanted=wanted,
         **shared,
     )
 
@@ -136,10 +155,13 @@ def run_training(
     *,
     device: str = "auto",
     resume: bool = False,
+    override: bool = False,
     overwrite: bool = False,
+    read_ahead: int | None = None,
     dry_run: bool = False,
     save_checkpoints: bool = False,
     profile: bool = False,
+    report: bool = True,
     state_every: int | None = None,
     log_steps: int | None = None,
     use_wandb: bool = False,
@@ -147,6 +169,7 @@ def run_training(
     wandb_entity: str = "",
     hf_repo_id: str | None = None,
     hf_private: bool = False,
+    shard_latents: bool = False,
     max_temperature: float | None = None,
     resume_temperature: float | None = None,
 ) -> int:
@@ -159,31 +182,50 @@ def run_training(
     from dictionary_learning import console, hub, planning, record, sentence_run
     from dictionary_learning.corpus import open_corpus
     from dictionary_learning.device_guard import device_guard
-    from dictionary_learning.devices import resolve_device
+    from dictionary_learning.distributed import job, join
     from dictionary_learning.profiling import StepProfile
+    from dictionary_learning.run_report import report_run
+    from dictionary_learning.stopping import EXIT_CODES, sigterm_interrupts
     from dictionary_learning.tracking import ProgressSink, Sink, WandbSink
     from dictionary_learning.training import TrainingRun
 
+    if override and not resume:
+        raise UserError("--override is about going on with a run: it needs --resume.")
     if hf_private and not hf_repo_id:
         raise UserError("--hf_private is about the Hub repository: it needs --hf_repo_id.")
     if hf_repo_id:
         check_push(hf_repo_id, "--hf_repo_id")
-    torch_device = resolve_device(device)
-    guards = device_guard(torch_device, max_temperature, resume_temperature)
-    if not dry_run:
-        storage.check_run_folder(save_dir, resume=resume, overwrite=overwrite)
-    corpus = open_corpus(config.corpus)
-    load = load_model if config.sentence is None else sentence_run.load_encoder
-    lm: Any = load(config, torch_device)
-    save_steps = sorted({max(1, int(config.steps * part)) for part in CHECKPOINTS}) if save_checkpoints else []
-    plan = planning.plan_run(config, lm, len(save_steps))
-    next(make_stream(config, corpus, heldout=True))  # an empty held-out part is found before the training
-    if dry_run:
-        source = make_source(config, lm, corpus)
-        console.print_plan(config, planning.probe(plan, config, source, torch_device, planning.PROBE_SECONDS))
-        return 0
-    trainers = make_trainers(config, lm, torch_device)
-    buffer = make_buffer(config, lm, corpus, torch_device)
+    ranks, resume = join(device), resume or job.restarted(save_dir)
+    options = {"resume": resume, "state_every": state_every, "log_steps": log_steps, "shard_latents": shard_latents}
+    job.check_same_run(ranks, config, save_dir, options)
+    with ranks.together():
+        guards = device_guard(ranks.device, max_temperature, resume_temperature)
+        if ranks.first and not dry_run:
+            storage.check_run_folder(save_dir, resume=resume, overwrite=overwrite)
+        corpus = open_corpus(config.corpus)
+        load = load_model if config.sentence is None else sentence_run.load_encoder
+        lm: Any = load(config, ranks.device)
+        save_steps = sorted({max(1, int(config.steps * part)) for part in CHECKPOINTS}) if save_checkpoints else []
+        plan = planning.plan_run(config, lm, len(save_steps))
+        next(make_stream(config, corpus, heldout=True))  # an empty held-out part is found before the training
+        if dry_run and ranks.first:
+            source = make_source(config, lm, corpus)
+            console.print_plan(config, planning.probe(plan, config, source, ranks.device, planning.PROBE_SECONDS))
+        if dry_run:
+            return 0
+        facts = record.run_record(config, lm, corpus, ranks.device) | job.of_record(ranks)
+        if config.sentence is not None:
+            facts["versions"]["sentence-transformers"] = version("sentence-transformers")
+            facts["evaluation"] = sentence_run.EVALUATION
+        warnings = record.check_resumable(save_dir, config, facts, override) if resume and ranks.first else []
+        there = resume and ranks.first and storage.saved_states(save_dir / "state")
+        state = storage.load_newest_state(save_dir / "state")[1] if there else None
+    began = ranks.of_first(None if state is None else state["settings"])
+    with ranks.together():
+        shares = job.assignment(config, lm, ranks, shard_latents)
+        wanted, own, shards = job.wanted(config, shares), shares[ranks.rank], ranks if shard_latents else None
+        trainers = make_trainers(config, lm, ranks.device, began or [], own, shards)
+        buffer = make_buffer(config, lm, corpus, ranks, wanted, read_ahead)
     sinks: list[Sink] = [ProgressSink(plan.tokens, console.shown_trainers(config))]
     if use_wandb:
         sinks.append(
@@ -196,66 +238,80 @@ def run_training(
         save_dir=save_dir,
         save_steps=save_steps,
         state_every=max(1, config.steps // 5) if state_every is None else state_every or None,
+        final_state=True,  # from which a broken evaluation is taken up, and a run made longer
         log_steps=max(1, config.steps // 50) if log_steps is None else log_steps,
         sinks=sinks,
         normalize_activations=config.normalize_activations,
-        callbacks=[*([StepProfile(folder=save_dir / "profile")] if profile else []), *guards],
+        callbacks=[*([StepProfile(folder=save_dir / "profile")] if profile and ranks.first else []), *guards],
+        ranks=ranks,
+        shares=shares,
     )
     # What can be refused was refused: from here on files change.
-    storage.prepare_run_folder(save_dir, resume=resume, overwrite=overwrite, bytes_needed=plan.disk_bytes)
-    facts = record.run_record(config, lm, corpus)
-    if config.sentence is not None:
-        facts["versions"]["sentence-transformers"] = version("sentence-transformers")
-        facts["evaluation"] = sentence_run.EVALUATION
-    if resume:
-        record.check_resumable(save_dir, config, facts)
-    storage.write_json(save_dir / "run.json", facts)
-    if resume and not storage.saved_states(save_dir / "state"):
-        print("The run was interrupted before its first saved state: it begins anew.")
+    with ranks.together():
+        if ranks.first:
+            storage.prepare_run_folder(save_dir, resume=resume, overwrite=overwrite, bytes_needed=plan.disk_bytes)
+    job.check_same_files(ranks, save_dir, facts)
+    if began is not None:
+        state = job.handed_out(ranks, shares, wanted, state)
+        with ranks.together():
+            run.load_state_dict(state, override)
+        print(f"Resuming at step {run.step:,} of {config.steps:,}.")
+        state = None  # as large as the buffer
     elif resume:
-        step, state = storage.load_newest_state(save_dir / "state")
-        run.load_state_dict(state)
-        print(f"Resuming at step {step:,} of {config.steps:,}.")
+        print("The run was interrupted before its first saved state: it begins anew.")
+    for warning in warnings:
+        print(f"Warning: {warning}")
+    write_json = storage.write_json if ranks.first else job.write_nothing
+    write_json(save_dir / "run.json", facts)
     console.print_plan(config, plan)
-    began_at = run.step
-    run.run()
+    began_at = time.monotonic()
+    try:
+        run.run()
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            write_json(save_dir / "run.json", facts | {"status": f"failed: {error}"[:500]})
+        raise
+    facts |= record.outcome(run, time.monotonic() - began_at)
     if config.sentence is None:
         console.print_stream_facts(run, buffer)
     else:
         sentence_run.print_stream_facts(run, cast("SentenceActivations", buffer.source))
-    facts |= {"steps_done": run.step, "tokens_done": run.tokens}
-    if run.stopped in ("SIGINT", "SIGTERM"):
+    if run.stopped in EXIT_CODES:
         run.tracker.close()
-        storage.write_json(save_dir / "run.json", facts | {"status": f"stopped: {run.stopped}"})
-        print(f"Stopped by {run.stopped} after step {run.step:,}; its state is saved. Go on with:")
+        write_json(save_dir / "run.json", facts | {"status": f"stopped: {run.stopped}"})
+        print(f"Stopped by {run.stopped} after step {run.step:,}; {record.kept_state(run)}. Go on with:")
         print(f"  {record.resume_command()}")
-        return 130 if run.stopped == "SIGINT" else 143
-    if began_at < run.step == run.steps:
-        run.save_state()  # so that an evaluation that breaks off can be taken up without training again
-    try:
-        evaluate_run(config, lm, corpus, run, save_dir)
-    except KeyboardInterrupt:
-        storage.write_json(save_dir / "run.json", facts | {"status": "stopped: SIGINT in the evaluation"})
-        print("Stopped in the evaluation; the dictionaries are trained and saved. Go on with:")
-        print(f"  {record.resume_command()}")
-        return 130
+        return EXIT_CODES[run.stopped]
+    with sigterm_interrupts() as request:
+        try:
+            evaluate_run(config, lm, corpus, run, save_dir)
+        except KeyboardInterrupt:
+            why = request.reason or "SIGINT"
+            write_json(save_dir / "run.json", facts | {"status": f"stopped: {why} in the evaluation"})
+            print("Stopped in the evaluation; the dictionaries are trained and saved. Go on with:")
+            print(f"  {record.resume_command()}")
+            return EXIT_CODES[why]
     run.tracker.close()
-    storage.write_json(
-        save_dir / "run.json", facts | {"status": f"stopped: {run.stopped}" if run.stopped else "complete"}
-    )
-    if hf_repo_id and not hub.push_finished_run(save_dir, hf_repo_id, hf_private):
+    write_json(save_dir / "run.json", facts | {"status": f"stopped: {run.stopped}" if run.stopped else "complete"})
+    if report and ranks.first:
+        report_run(config, save_dir, lm, str(ranks.device))
+    if hf_repo_id and ranks.first and not hub.push_finished_run(save_dir, hf_repo_id, hf_private):
         return hub.PUSH_FAILED_EXIT
     return INCOMPLETE_EXIT if run.stopped else 0
 
 
 def evaluate_run(config: RunConfig, lm: Any, corpus: Corpus, run: TrainingRun, save_dir: Path) -> None:
     """Evaluate the trained dictionaries on held-out text; write and print the results."""
+    import torch
     from tqdm import tqdm
 
     from dictionary_learning import console, sentence_run
+    from dictionary_learning.distributed import job
     from dictionary_learning.evaluation import evaluate_dictionaries, sorted_along_front, write_summary
 
-    dictionaries = list(zip((spec.hook_point for spec in config.dictionaries), run.dictionaries(), strict=True))
+    share, trained = job.evaluation_share(run), run.dictionaries()
+    specs = [config.dictionaries[run.numbers[index]] for index in share]
+    dictionaries = [(spec.hook_point, trained[index]) for spec, index in zip(specs, share, strict=True)]
     with tqdm(total=config.eval_tokens, desc="evaluating", unit="tok", unit_scale=True, disable=None) as bar:
 
         def progress(rows: int) -> None:
@@ -266,34 +322,44 @@ def evaluate_run(config: RunConfig, lm: Any, corpus: Corpus, run: TrainingRun, s
             source = sentence_run.make_source(config, lm, texts, heldout=True)
             results = sentence_run.evaluate_on_source(source, dictionaries, config.eval_tokens, progress)
         else:
-            results = evaluate_dictionaries(
-                lm,
-                make_contexts(config, lm, corpus, heldout=True),
-                dictionaries,
-                max_tokens=config.eval_tokens,
-                remove_special=config.remove_bos,
-                max_activation_norm_multiple=config.max_activation_norm_multiple,
-                progress=progress,
-            )
-    rows = []
-    for name, spec, trainer, result in zip(run.names, config.dictionaries, run.trainers, results, strict=True):
+            try:
+                results = evaluate_dictionaries(
+                    lm,
+                    make_contexts(config, lm, corpus, heldout=True),
+                    dictionaries,
+                    max_tokens=config.eval_tokens,
+                    remove_special=config.remove_bos,
+                    max_activation_norm_multiple=config.max_activation_norm_multiple,
+                    progress=progress,
+                )
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"The memory of {lm.device} does not suffice to evaluate on {config.eval_contexts} contexts at "
+                    f"once: set eval_contexts to {max(1, config.eval_contexts // 2)} and go on with --resume "
+                    "--override; the dictionaries are trained and saved."
+                ) from error
+    own, stopped = {}, run.ranks.merged(run.stopped_dictionaries)
+    for index, spec, result in zip(share, specs, results, strict=True):
+        name, trainer = run.names[index], run.trainers[index]
         storage.write_json(save_dir / name / "eval_results.json", result.to_dict())
         sparsity = " ".join(f"{key}={value:g}" for key, value in spec.sparsity.items())
-        rows.append(
-            {
-                "trainer": name,
-                "architecture": spec.architecture,
-                "hook_point": spec.hook_point,
-                "width": spec.width,
-                "sparsity": sparsity,
-                "lr": trainer.lr,
-                "seed": spec.seed,
-                **result.to_dict(),
-            }
-        )
-    rows = sorted_along_front(rows)
-    write_summary(save_dir / "summary.csv", rows)
-    console.print_summary(rows, save_dir)
+        own[name] = {
+            "trainer": name,
+            "architecture": spec.architecture,
+            "hook_point": spec.hook_point,
+            "width": spec.width,
+            "sparsity": sparsity,
+            "lr": trainer.lr,
+            "seed": spec.seed,
+            **result.to_dict(),
+            **({"stopped": stopped.get(name, "")} if stopped else {}),
+        }
+    rows = sorted_along_front(list(run.ranks.merged(own).values()))
+    if run.ranks.first:
+        write_summary(save_dir / "summary.csv", rows)
+        console.print_summary(rows, save_dir)
+    for name, why in stopped.items():
+        print(f"Warning: {name} ended early, {why}: what is saved and measured are its weights of the step before.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -311,7 +377,12 @@ def run_command(args: DemoArgs) -> int:
     multiprocessing.set_start_method("spawn", force=True)
     passed_on = {f.name for f in dataclasses.fields(DemoArgs)} & set(run_training.__kwdefaults__ or ())
     options = {name: getattr(args, name) for name in passed_on}
-    return exit_code(lambda: run_training(resolve_config(args), args.save_dir, **options))
+
+    def job() -> int:
+        with storage.disk_faults_said(args.save_dir):
+            return run_training(resolve_config(args), args.save_dir, **options)
+
+    return rank_exit_code(job)
 
 
 if __name__ == "__main__":

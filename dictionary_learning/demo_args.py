@@ -82,19 +82,28 @@ class DemoArgs:
     save_checkpoints: bool = False
     """Keep checkpoints of every dictionary at four points, spaced as powers of ten."""
     state_every: int | None = None
-    """Steps between saved states (default: a fifth of the run; 0: only when the run is stopped)."""
+    """Steps between saved states (default: a fifth of the run; 0: only when the run ends or is stopped)."""
     use_wandb: bool = False
     """Log each dictionary as a run of Weights & Biases (WANDB_MODE=offline works without a network)."""
     wandb_project: str = "sae-factory"
     wandb_entity: str = ""
+    report: bool = True
+    """Analyse the dictionaries worth reading (of each architecture the sparsest that is hardly worse than its best),
+    and make report.html."""
     hf_repo_id: str | None = None
     """Repository on the Hugging Face Hub (user/name) to push the finished run to; made if it does not exist."""
     hf_private: bool = False
     """Make that repository private."""
     dry_run: bool = False
     """Print the plan (sizes, and the time by a ten-second probe) and stop."""
+    shard_latents: bool = False
+    """On several ranks (torchrun): split the latents of every dictionary over them, in place of whole dictionaries."""
     resume: bool = False
-    """Go on with the interrupted run in save_dir."""
+    """Go on with the interrupted run in save_dir; with more --num_tokens, make a run longer."""
+    override: bool = False
+    """With --resume: allow other settings, another corpus or other weights of the model than the run began with."""
+    read_ahead: int | None = None
+    """Batches of contexts that a thread tokenises ahead (default: 2 on CUDA, else 0); the results are the same."""
     overwrite: bool = False
     """Replace a run that save_dir holds."""
 

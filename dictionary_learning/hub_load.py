@@ -9,7 +9,6 @@ ever plain tensors and JSON, under names that are asked for here.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from dictionary_learning.errors import UserError, did_you_mean
 from dictionary_learning.hub_client import REACH_SECONDS, hub_endpoint, reach_hub, said_plainly
+from dictionary_learning.untrusted import plain_json, shown
 
 SCHEME = "hf://"
 MANIFEST, MANIFEST_VERSION = "checksums.json", 1
@@ -110,8 +110,8 @@ def pull_dictionary(reference: HubReference) -> Path:
         if weights_name is None or prefix + CONFIG not in listed:
             here = sorted({str(PurePosixPath(path).parent) for path in listed if path.endswith(WEIGHTS)})
             raise UserError(
-                f"Could not load {reference}: it has no dictionary '{folder}', but {', '.join(here) or 'none at all'}."
-                f"{did_you_mean(folder, here)}"
+                f"Could not load {reference}: it has no dictionary '{folder}', but "
+                f"{shown(', '.join(here) or 'none at all', 300)}.{did_you_mean(folder, here)}"
             )
         wanted = [prefix + CONFIG, prefix + weights_name, *({prefix + RESULTS, RUN} & set(listed))]
         return [_checked(reference, revision, name, listed[name], offline) for name in wanted][0].parent
@@ -122,7 +122,7 @@ def _safe_folder(folder: str, text: str) -> str:
     if folder and not all(
         re.fullmatch(r"[^\\\x00-\x1f:]+", part) and part not in (".", "..") for part in folder.split("/")
     ):
-        raise UserError(f"'{text}': {folder!r} is not a folder inside a repository.")
+        raise UserError(f"'{text}': '{shown(folder)}' is not a folder inside a repository.")
     return folder
 
 
@@ -177,15 +177,15 @@ def _commit_of(file: Path, name: str) -> str:
 
 def _read_manifest(file: Path, reference: HubReference) -> dict[str, Any]:
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = plain_json(file.read_text(encoding="utf-8"))
         if manifest["version"] != MANIFEST_VERSION:
             raise ValueError(f"its version is {manifest['version']!r}, not {MANIFEST_VERSION}")
         if not isinstance(manifest["best"], str) or not all(
             isinstance(entry["sha256"], str) and isinstance(entry["size"], int) for entry in manifest["files"].values()
         ):
             raise ValueError("a field is of the wrong kind")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"Could not load {reference}: its {MANIFEST} can't be used ({error}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"Could not load {reference}: its {MANIFEST} can't be used ({shown(error, 120)}).") from error
     return manifest
 
 

@@ -94,7 +94,13 @@ class ContextPacker:
         return self
 
     def __next__(self) -> TokenBatch:
-        batch = self._next_packed() if self.packing else self._next_unpacked()
+        before = self.texts.state_dict(), self.documents, list(self.corpora)
+        try:
+            batch = self._next_packed() if self.packing else self._next_unpacked()
+        except BaseException:  # the texts of a batch that was not handed out are read again
+            self.texts.load_state_dict(before[0])
+            self.documents, self.corpora = before[1:]
+            raise
         if batch is None:
             raise StopIteration
         self.contexts += len(batch.tokens_CL)

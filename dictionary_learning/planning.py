@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,10 @@ from dictionary_learning.activations.sentence_encoder import SentenceEncoder
 from dictionary_learning.activations.types import ActivationSource
 from dictionary_learning.buffer import check_capacity
 from dictionary_learning.config import DictionarySpec, RunConfig
+from dictionary_learning.distributed.ranks import Ranks
+from dictionary_learning.distributed.sharded import sharded_trainer_class
 from dictionary_learning.errors import UserError, did_you_mean
+from dictionary_learning.resume import carried_settings
 from dictionary_learning.sentence_run import KEEP_MB
 from dictionary_learning.trainers import trainer_class
 
@@ -39,6 +43,7 @@ class Plan:
     steps: int
     tokens: int
     unit: str = "tokens"
+    state_bytes: int = 0
     harvest_rate: float | None = None
     training_rate: float | None = None
 
@@ -66,6 +71,7 @@ class Plan:
                 f"{_size(self.buffer_bytes)}, dictionaries {_size(self.training_bytes)})",
             ),
             ("on disk", _size(self.disk_bytes)),
+            *([("a saved state", f"{_size(self.state_bytes)}, and as much host memory")] if self.state_bytes else []),
         ]
         if self.seconds is not None:
             rows += [
@@ -101,6 +107,7 @@ def plan_run(config: RunConfig, lm: TracedLM | SentenceEncoder, checkpoints: int
         buffer_bytes=buffer_bytes,
         training_bytes=4 * weights + scratch * FLOAT,
         disk_bytes=(1 + checkpoints) * weights + 3 * state,  # two states kept while a third is written
+        state_bytes=state,
         steps=config.steps,
         tokens=config.steps * config.batch_size,
         unit="embeddings" if embeddings else "tokens",
@@ -149,21 +156,37 @@ def probe(
     return replace(plan, harvest_rate=harvest_rate, training_rate=config.batch_size / step_seconds)
 
 
-def build_trainer(config: RunConfig, spec: DictionarySpec, width: int, layer: int | None, device: Any) -> Any:
+def build_trainer(
+    config: RunConfig,
+    spec: DictionarySpec,
+    width: int,
+    layer: int | None,
+    device: Any,
+    began: Mapping[str, Any] | None = None,
+    shards: Ranks | None = None,
+) -> Any:
     """The trainer of a dictionary of the run.
+
+    Args:
+        began: the settings that it began with, where the run is resumed: what follows from its length is taken from
+            there, see `resume.FROM_LENGTH`.
+        shards: ranks that its latents are split over.
 
     Raises:
         UserError: settings that its class can't take.
     """
+    cls = trainer_class(spec.architecture) if shards is None else sharded_trainer_class(spec.architecture)
+    given = {name: value for name, value in spec.trainer_arguments().items() if value is not None or name != "lr"}
+    given |= {} if shards is None else {"ranks": shards}
     try:
-        return trainer_class(spec.architecture)(
+        return cls(
             steps=config.steps,
             activation_dim=width,
             layer=layer,
             lm_name=config.model_name,
             device=device,
             encoder_dtype=config.encoder_dtype,
-            **spec.trainer_arguments(),
+            **{**carried_settings(began, trainer_class(spec.architecture)), **given},
         )
     except UserError:
         raise

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dictionary_learning import __version__, storage
-from dictionary_learning.config import RunConfig, changed_fields, config_from_dict
+from dictionary_learning.config import RunConfig, config_from_dict
+from dictionary_learning.distributed import job
 from dictionary_learning.errors import UserError
+from dictionary_learning.resume import Difference, differences, refuse
 
 if TYPE_CHECKING:
     from dictionary_learning.activations.language_model import TracedLM
     from dictionary_learning.corpus import Corpus
+    from dictionary_learning.training_run import TrainingRun
 
 
 def package_versions() -> dict[str, str]:
@@ -31,13 +34,14 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def run_record(config: RunConfig, lm: TracedLM, corpus: Corpus) -> dict[str, Any]:
+def run_record(config: RunConfig, lm: TracedLM, corpus: Corpus, device: Any) -> dict[str, Any]:
     """What run.json says: the configuration, and what it ran on."""
     return {
         "status": "running",
         "config": config.to_dict(),
         "corpus_fingerprint": corpus.fingerprint,
         "model": storage.finite(lm.config),
+        "device": str(device),
         "versions": package_versions(),
         "git_revision": git_revision(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -54,31 +58,90 @@ def git_revision() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def check_resumable(save_dir: Path, config: RunConfig, record: dict[str, Any]) -> None:
-    """Refuse to go on with another configuration, corpus or model than the run began with.
+def check_resumable(save_dir: Path, config: RunConfig, record: dict[str, Any], override: bool = False) -> list[str]:
+    """Refuse to go on with another configuration, corpus or model than the run began with. More tokens are the same
+    run made longer.
+
+    Args:
+        record: `run_record` of now; what goes on from the run's own record (when it began, earlier resumes and what
+            they changed) is entered into it.
+
+    Returns:
+        warnings: what differs and `override` allows, and what may change the last bits (versions, the device).
 
     Raises:
-        UserError: names what differs.
+        UserError: names each field that differs, with what it was and what it is.
     """
-    old = storage.read_json(save_dir / "run.json")
-    differing = changed_fields(config_from_dict(old["config"], str(save_dir / "run.json")), config)
-    if differing:
-        raise UserError(
-            f"The run in '{save_dir}' began with other settings ({', '.join(differing)}): resume it with the same."
-        )
-    if old["model"]["weights"] != record["model"]["weights"]:
-        raise UserError(
-            f"The weights of '{config.model_name}' have changed since the run in '{save_dir}' began: restore them, or "
-            "start anew."
-        )
-    if old["corpus_fingerprint"] != record["corpus_fingerprint"]:
-        raise UserError(
-            f"The corpus '{config.corpus}' has changed since the run in '{save_dir}' began: restore it, or start anew."
-        )
+    path = save_dir / "run.json"
+    old = storage.read_json(path)
+    if not isinstance(old, dict) or not isinstance(old.get("model"), dict) or "config" not in old:
+        raise UserError(f"'{path}' is no record of such a run: give the --save_dir of a run of this command.")
+    was = config_from_dict(old["config"], str(path))
+    found = [d for d in differences(was.to_dict(), config.to_dict()) if not _is_longer(d)]
+    changed = refuse(f"The run in '{save_dir}'", found, override)
+    for what, before, now in (
+        (f"The weights of '{config.model_name}' have", old["model"].get("weights"), record["model"]["weights"]),
+        (f"The corpus '{config.corpus}' has", old.get("corpus_fingerprint"), record["corpus_fingerprint"]),
+    ):
+        if before != now and not override:
+            raise UserError(
+                f"{what} changed since the run in '{save_dir}' began ({str(before)[:16]} -> {str(now)[:16]}): go back "
+                "to what it was, start anew, or add --override."
+            )
+        changed += [f"{what} changed"] if before != now else []
+    record["started"] = old.get("started", record["started"])
+    versions = old.get("versions")
+    began_on = {"device": old.get("device"), "git_revision": old.get("git_revision")}
+    began_on |= versions if isinstance(versions, dict) else {}
+    goes_on = {"device": record["device"], "git_revision": record["git_revision"], **record["versions"]}
+    bits = [d for d in differences(began_on, goes_on) if d.old is not None]
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    before_this = old.get("resumed")
+    record["resumed"] = [
+        *(before_this if isinstance(before_this, list) else []),
+        {"time": time, "changed": [*changed, *map(str, bits)]},
+    ]
+    return [
+        *(f"{change}: from here on it is not the run that began." for change in changed),
+        *(f"{d}: the last bits may differ from those of an unbroken run." for d in bits),
+    ]
+
+
+def _is_longer(difference: Difference) -> bool:
+    return difference.field == "num_tokens" and difference.new > difference.old
+
+
+def outcome(run: TrainingRun, seconds: float) -> dict[str, Any]:
+    """What run.json says of a training that has ended: how far it came, what its states cost, what could not go on."""
+    states = run.states
+    assert states is not None
+    facts: dict[str, Any] = {
+        "steps_done": run.step,
+        "tokens_done": run.tokens,
+        "states": {
+            "newest": states.saved_step,
+            "written": states.written,
+            "seconds_stood_still": round(states.blocked, 3),
+            "of_seconds": round(seconds, 3),
+            "host_memory_bytes": states.nbytes,
+        },
+    }
+    stopped = run.ranks.merged(run.stopped_dictionaries)
+    return facts | ({"stopped_dictionaries": stopped} if stopped else {})
+
+
+def kept_state(run: TrainingRun) -> str:
+    """Which state a resume goes on from."""
+    assert run.states is not None
+    kept = run.states.saved_step
+    if kept == run.step:
+        return "its state is saved"
+    return "no state could be saved" if kept is None else f"the newest state that could be saved is of step {kept:,}"
 
 
 def resume_command() -> str:
     """The command line that goes on with this run."""
-    given = [argument for argument in sys.argv if argument not in ("--overwrite", "--no-overwrite", "--resume")]
-    start = ["python", given[0]] if given[0].endswith(".py") else [given[0]]
+    dropped = ("--overwrite", "--no-overwrite", "--resume", "--override", "--no-override")
+    given = [argument for argument in sys.argv if argument not in dropped]
+    start = [*job.launcher(), given[0]] if given[0].endswith(".py") else [given[0]]
     return shlex.join([*start, *given[1:], "--resume"])

@@ -1,6 +1,6 @@
 """The `config.yaml` of the tutorials: one sparse autoencoder and how it is trained.
 
-In: a YAML file, read with `yaml.safe_load`, or plain data. Out: an `SAEConfig`, every value of it checked, and from
+In: a YAML file, or plain data. Out: an `SAEConfig`, every value of it checked, and from
 that the dictionary, its trainer, or the file again. Names follow the tutorials; what is left out has a default.
 
     input_dims: 384
@@ -26,6 +26,7 @@ import pydantic
 from dictionary_learning.dictionaries.configurable import KEYS, Activation, SparseAutoencoder
 from dictionary_learning.errors import UserError, did_you_mean
 from dictionary_learning.trainers.schedules import WARMUP_FRACTION, Scheduler
+from dictionary_learning.untrusted import plain_yaml, shown
 
 if TYPE_CHECKING:
     from dictionary_learning.trainers.trainer import SAETrainer
@@ -185,7 +186,7 @@ def sae_config_from_dict(data: Any, where: str = "configuration") -> SAEConfig:
     for key, value in data.items():
         name = ALIASES.get(key, key)
         if name not in known:
-            raise UserError(f"{where}: unknown key '{key}'.{did_you_mean(key, sorted(known | set(ALIASES)))}")
+            raise UserError(f"{where}: unknown key '{shown(key)}'.{did_you_mean(key, sorted(known | set(ALIASES)))}")
         if name in values:
             raise UserError(f"{where}: '{key}' and '{_other(key)}' are two names of one setting: leave one out.")
         values[name] = value
@@ -209,16 +210,14 @@ def load_sae_config(path: Path) -> SAEConfig:
     Raises:
         UserError: the file is absent, no YAML, or see `sae_config_from_dict`.
     """
-    import yaml
-
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = plain_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise UserError(f"The configuration '{path}' can't be read: {why}.") from error
     except Exception as error:  # PyYAML passes on whatever its constructors stumble over
         why = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"The configuration '{path}' is not valid YAML: {why}.") from error
+        raise UserError(f"The configuration '{path}' is not valid YAML: {shown(why, 300)}.") from error
     return sae_config_from_dict(data, str(path))
 
 
@@ -231,4 +230,4 @@ def _choices(error: Any) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
+    return shown(repr(value)) if isinstance(value, str | int | float | bool | None) else type(value).__name__

@@ -7,10 +7,12 @@ and a manifest with the SHA-256 of both. It is renamed into place when complete;
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -21,7 +23,9 @@ from typing import IO, Any
 from torch import Tensor
 
 from dictionary_learning.errors import UserError
+from dictionary_learning.untrusted import checked
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: the disk, or the quota
 STATES_KEPT = 2
 STATE_VERSION = 1
 _STATE_FILES = ("state.json", "state.safetensors")
@@ -64,7 +68,7 @@ def write_json(path: Path, data: Any) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file. Raises UserError when it is absent or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return checked(json.loads(path.read_text(encoding="utf-8")), bits=None)
     except FileNotFoundError:
         raise UserError(f"'{path}' does not exist.") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -84,11 +88,18 @@ def finite(value: Any) -> Any:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as safetensors, each in its logical layout."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as name:
-        save_file(plain, name)  # straight into the file: a state may take half of the memory
+        try:
+            save_file(plain, name)  # straight into the file: a state may take half of the memory
+        except SafetensorError as error:  # which tells the system's refusals in words alone
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
 
 
 def save_state(folder: Path, step: int, tree: Any) -> Path:
@@ -98,13 +109,28 @@ def save_state(folder: Path, step: int, tree: Any) -> Path:
         tree: nested mappings and sequences of tensors, strings, numbers, booleans and None. Keys are kept as they are;
             tuples come back as lists.
 
+    On a full disk the older of two states gives way, and it is tried once more.
+
     Raises:
         TypeError: the tree holds anything else.
+        OSError: it can't be written; the newest state that was there before still is.
     """
+    try:
+        return _save_state(folder, step, tree)
+    except OSError as error:
+        older = saved_states(folder)[1:]
+        if error.errno not in FULL or not older:
+            raise
+    for state in older:
+        shutil.rmtree(state, ignore_errors=True)
+    return _save_state(folder, step, tree)
+
+
+def _save_state(folder: Path, step: int, tree: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.glob(".step_*"):  # by a run that was killed while it wrote
         shutil.rmtree(abandoned, ignore_errors=True)
-    final = folder / f"step_{step:09d}"
+    final = state_folder(folder, step)
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=f".{final.name}."))
     try:
         tensors: dict[str, Tensor] = {}
@@ -112,9 +138,10 @@ def save_state(folder: Path, step: int, tree: Any) -> Path:
         write_tensors(temporary / "state.safetensors", tensors)
         files = {name: _sha256(temporary / name) for name in _STATE_FILES}
         write_json(temporary / "manifest.json", {"version": STATE_VERSION, "step": step, "sha256": files})
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # whole or damaged; a folder can't be replaced in one go
+            os.replace(final, temporary.with_name(f"{temporary.name}.old"))
         os.replace(temporary, final)
+        shutil.rmtree(temporary.with_name(f"{temporary.name}.old"), ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -123,6 +150,11 @@ def save_state(folder: Path, step: int, tree: Any) -> Path:
     for other in [*states[:here], *states[here + STATES_KEPT :]]:
         shutil.rmtree(other, ignore_errors=True)
     return final
+
+
+def state_folder(folder: Path, step: int) -> Path:
+    """Where the state of a step lies."""
+    return folder / f"step_{step:09d}"
 
 
 def saved_states(folder: Path) -> list[Path]:
@@ -234,6 +266,8 @@ def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool, bytes_nee
     with _said_of(folder):
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
+        if resume:  # what is there already need not be written beside itself
+            free += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if bytes_needed > free:
         raise UserError(
             f"The disk of '{folder}' has {free / 1e9:.1f} GB left, but the run needs {bytes_needed / 1e9:.1f} GB: free "
@@ -254,3 +288,23 @@ def _said_of(folder: Path) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"save_dir '{folder}' can't be written ({why}): give another folder.") from error
+
+
+@contextlib.contextmanager
+def disk_faults_said(folder: Path) -> Iterator[None]:
+    """Turn what a disk can do to a run inside the block (full, read-only, gone) into one sentence that says how to go
+    on. Other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        of_disks = error.errno in (*FULL, errno.EROFS, errno.EIO, errno.ESTALE)
+        here = os.fspath(error.filename or "").startswith(os.fspath(folder))
+        if not of_disks and not (here and error.errno in (errno.EACCES, errno.EPERM, errno.ENOENT)):
+            raise
+        states = saved_states(folder / "state")
+        kept = f"the state of step {int(states[0].name[5:]):,} is kept" if states else "no state was saved yet"
+        remedy = "free some space" if error.errno in FULL else "make it writable again"
+        raise UserError(
+            f"'{folder}' can't be written ({error.strerror or error}): {remedy} and go on with the same command and "
+            f"--resume; {kept}."
+        ) from error

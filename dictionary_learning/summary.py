@@ -16,6 +16,9 @@ from typing import Any
 from dictionary_learning.errors import UserError
 from dictionary_learning.metrics import EvalResult
 from dictionary_learning.storage import atomic_file
+from dictionary_learning.untrusted import shown
+
+READING_LOSS = 0.02
 
 
 def sorted_along_front(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -36,6 +39,22 @@ def best_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The row of the best dictionary: on the front, the one that recovers most of the loss (or, without a loss,
     explains most variance); of equals the sparsest."""
     return max((row for row in rows if row["front"]), key=lambda row: (_quality(row), -row["l0"]))
+
+
+def worth_reading(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the dictionaries to read first: of each architecture at each hook point the sparsest that is at most
+    `READING_LOSS` worse than its best (in loss recovered or, without a loss, in variance explained).
+
+    The best dictionaries of a sweep are its least sparse, in which a latent means least; this gives up little for L0.
+    """
+    kinds: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault((row.get("hook_point"), row["architecture"]), []).append(row)
+    found = []
+    for kind in kinds.values():
+        best = max(map(_quality, kind))
+        found.append(min((row for row in kind if _quality(row) >= best - READING_LOSS), key=lambda row: row["l0"]))
+    return found
 
 
 def _quality(row: dict[str, Any]) -> float:
@@ -68,10 +87,11 @@ def read_summary(path: Path) -> list[dict[str, Any]]:
         for row in rows:
             for name in numbers & set(row):
                 row[name] = float(row[name]) if row[name] else None
+            row |= {"frac_variance_explained": row["frac_variance_explained"], "l0": row["l0"]}  # what the front needs
             row |= {name: int(float(row[name])) for name in whole} | {name: str(row[name]) for name in words}
             row["front"] = row["front"] == "True"
         if not any(row["front"] and row["l0"] is not None for row in rows):
             raise ValueError("no dictionary is on the front")
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"'{path}' is not a run's summary ({type(error).__name__}: {error}).") from error
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error) as error:
+        raise UserError(f"'{path}' is not a run's summary ({type(error).__name__}: {shown(error)}).") from error
     return rows

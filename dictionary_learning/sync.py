@@ -66,8 +66,9 @@ def sync_run(folder: Path, project: str | None = None, entity: str | None = None
             print(f"{name}: all of it is there")
             continue
         config = storage.read_json(folder / name / "config.json") if (folder / name / "config.json").is_file() else {}
+        trainer = config.get("trainer") if isinstance(config, dict) else None
         try:
-            sent = _send(runs, name, config.get("trainer", {}), rows)
+            sent = _send(runs, name, trainer if isinstance(trainer, dict) else {}, rows)
         except Exception as error:  # wandb passes on what its transports raise
             raise UserError(
                 f"Weights & Biases could not take {name}: {said(error)}; nothing is lost, run the same command again."

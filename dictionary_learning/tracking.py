@@ -6,8 +6,10 @@ convenience, and one that fails is switched off with a warning instead of stoppi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import queue
 import shlex
 import sys
@@ -18,7 +20,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dictionary_learning import weights_and_biases
-from dictionary_learning.storage import atomic_file, finite
+from dictionary_learning.errors import UserError
+from dictionary_learning.storage import atomic_file, disk_faults_said, finite
 
 log = logging.getLogger("dictionary_learning")
 
@@ -102,10 +105,12 @@ class Tracker(SilentSink):
 
 
 class JsonlSink(SilentSink):
-    """`metrics.jsonl`: one line a dictionary and log step. A resumed run first drops the lines of steps it repeats."""
+    """`metrics.jsonl`: one line a dictionary and log step. A resumed run first drops the lines of steps it repeats.
+    What a full disk does not take is written when it does, at the latest at the end."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._waiting: list[str] = []  # lines that the disk refused
 
     def start(self, step: int, configs: Mapping[str, Mapping[str, Any]]) -> None:
         kept = []
@@ -120,10 +125,41 @@ class JsonlSink(SilentSink):
             handle.writelines(line + "\n" for line in kept)
 
     def metrics(self, step: int, tokens: int, metrics: Mapping[str, Mapping[str, float]]) -> None:
-        with self.path.open("a", encoding="utf-8") as handle:
-            for trainer, values in metrics.items():
-                row = {"step": step, "tokens": tokens, "trainer": trainer, **finite(values)}
-                handle.write(json.dumps(row, allow_nan=False) + "\n")
+        waited = bool(self._waiting)
+        for trainer, values in metrics.items():
+            row = {"step": step, "tokens": tokens, "trainer": trainer, **finite(values)}
+            self._waiting.append(json.dumps(row, allow_nan=False) + "\n")
+        try:
+            self._write()
+        except OSError as error:
+            if not waited:
+                why = error.strerror or error
+                log.warning("%s can't be written (%s): its lines wait until there is room.", self.path, why)
+
+    def finish(self, failed: bool) -> None:
+        """Raises UserError where lines are left that the disk does not take."""
+        try:
+            with disk_faults_said(self.path.parent):
+                self._write()
+        except UserError:
+            if not failed:
+                raise
+
+    def _write(self) -> None:
+        """Append the lines that wait: all of them, or on a full disk none."""
+        if not self._waiting:
+            return
+        left = memoryview("".join(self._waiting).encode())
+        with self.path.open("ab", buffering=0) as handle:
+            size = os.fstat(handle.fileno()).st_size
+            try:
+                while left:
+                    left = left[handle.write(left) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    handle.truncate(size)  # no half line
+                raise
+        self._waiting.clear()
 
 
 class ProgressSink(SilentSink):
@@ -171,6 +207,8 @@ class ProgressSink(SilentSink):
             left = f", {(self.total_tokens - tokens) * elapsed / done:,.0f} s left"
         for name, values in few.items():
             numbers = ", ".join(f"{key} {values[key]:.4g}" for key in LOG_LINE if key in values)
+            if not numbers:
+                continue
             tqdm.write(f"{name}: step {step}, {numbers}  ({rate}{left})", file=sys.stdout)
         sys.stdout.flush()
 

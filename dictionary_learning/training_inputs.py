@@ -195,12 +195,14 @@ class TrainingInputs:
         scale = self.norm_factors[self.name_of(trainer, index)]
         return scale, (self.norm_factors[OUTPUT] if self.transcoder else None)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The norm factors, the batches read to measure them and not yet given, and the data's position."""
+    def state_dict(self, live: bool = False) -> dict[str, Any]:
+        """The norm factors, the batches read to measure them and not yet given, and the data's position; with `live`,
+        a buffer's own rows in place of copies."""
+        is_buffer = isinstance(self.data, ActivationBuffer)
         return {
             "norm_factors": [[name, factor] for name, factor in self.norm_factors.items()],
             "measured": list(self._measured),
-            "data": self.data.state_dict(),  # type: ignore[attr-defined]
+            "data": self.data.state_dict(**({"live": live} if is_buffer else {})),  # type: ignore[attr-defined]
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import torch
 from dictionary_learning.dictionary import Dictionary, dictionary_class, read_weights
 from dictionary_learning.errors import UserError
 from dictionary_learning.storage import read_json
+from dictionary_learning.untrusted import bounded_lines, shown
 
 WEIGHT_FILES = ("ae.safetensors", "ae.pt")
 
@@ -53,14 +54,14 @@ def load_dictionary(
     takes_k = "k" in trainer and "k" in inspect.signature(cls).parameters
     if takes_k and "k" not in read_weights(folder):  # older files of weights leave k to the config
         if not isinstance(trainer["k"], int):
-            raise UserError(f"'{path}' should give trainer.k as an integer, got {trainer['k']!r}.")
+            raise UserError(f"'{path}' should give trainer.k as an integer, got {shown(repr(trainer['k']))}.")
         options["k"] = trainer["k"]
     dictionary = cls.from_pretrained(folder, device=device, **options)
     for name in ("activation_dim", "dict_size"):
         said, found = trainer.get(name), getattr(dictionary, name)
         if isinstance(said, int) and said != found:
             raise UserError(
-                f"The weights in '{folder}' have {name} {found}, but config.json says {said}: they don't belong "
+                f"The weights in '{folder}' have {name} {found}, but config.json says {shown(said)}: they don't belong "
                 "together."
             )
     return dictionary, config
@@ -99,17 +100,17 @@ def zst_to_generator(data_path: str | os.PathLike[str]) -> Iterator[str]:
 
     def texts() -> Iterator[str]:
         with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as raw:
-            lines = enumerate(io.TextIOWrapper(raw, encoding="utf-8"), 1)
+            lines = enumerate(bounded_lines(io.TextIOWrapper(raw, encoding="utf-8")), 1)
             while True:
                 try:
                     number, line = next(lines, (0, ""))
-                except (zstandard.ZstdError, UnicodeDecodeError) as error:
+                except (zstandard.ZstdError, ValueError) as error:
                     raise UserError(f"'{path}' is not readable as .jsonl.zst: {error}.") from error
                 if not line:
                     return
                 try:
                     text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError) as error:
+                except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise UserError(f"'{path}', line {number}, is not a JSON object with a \"text\".") from error
                 yield text
 

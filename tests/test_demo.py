@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dictionary_learning import demo, storage
+from dictionary_learning.analysis.folder import AnalysisFolder
 from dictionary_learning.cli import main as cli
 from dictionary_learning.utils import load_dictionary
 
@@ -31,6 +33,7 @@ SMALL = [
     "64",
     "--eval_tokens",
     "1500",
+    "--no-report",
 ]
 ONE = ["--architectures", "top_k", "--layers", "1"]
 CONFIG = """
@@ -81,6 +84,31 @@ def test_a_sweep_leaves_everything_on_disk_and_a_table(small_sweep: Path, capsys
     out = capsys.readouterr().out
     assert "trainer_0" in out and "loss recovered" in out and "rows a context" in out
     assert "step 24, loss" in out
+
+
+def test_a_sweep_ends_with_an_analysis_and_a_report(small_sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each architecture one dictionary is analysed; the page, its data and the run are of the same run."""
+    small = [word for word in SMALL if word != "--no-report"]
+    assert demo.main(["--save_dir", "run", "--layers", "1", *small, "--eval_tokens", "400"]) == 0
+    out, folder = capsys.readouterr().out, AnalysisFolder(Path("run/analysis"))
+    assert folder.info["status"] == "complete" and len(folder.names) == 3 and folder.info["rows"] >= 1600
+    assert (len(folder.table("trainer_0")["label"]), folder.info["settings"]["ablate"]) == (64, 32)
+    page = Path("run/report.html").read_text()
+    assert page.startswith("<!doctype html>") and len(page) > 100_000  # its data is in it, compressed
+    assert "The report: run/report.html" in out and json.loads(Path("run/run.json").read_text())["status"] == "complete"
+
+
+def test_a_report_that_fails_does_not_fail_the_run(
+    small_sweep: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    def broken(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr("dictionary_learning.analysis.job.analyze", broken)
+    small = [word for word in SMALL if word != "--no-report"]
+    assert demo.main(["--save_dir", "run", *ONE, *small]) == 0
+    assert "The run was not analysed (RuntimeError: no such thing); again with: sae-factory analyze run" in caplog.text
+    assert Path("run/report.html").is_file()  # without its latents
 
 
 def test_evaluation_reproduces_from_the_saved_files_alone(small_sweep: Path) -> None:
@@ -143,7 +171,10 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(small_sweep: Path, capsys:
     assert Path("broken/metrics.jsonl").read_text() == Path("unbroken/metrics.jsonl").read_text()
 
     assert demo.main(["--save_dir", "broken", "--resume", "--layers", "2", *SMALL]) == 2
-    assert "began with other settings (dictionaries, num_tokens)" in capsys.readouterr().err
+    assert (
+        "began with other settings (dictionaries[0].hook_point: 'resid_post_layer_1' -> 'resid_post_layer_2'; "
+        in capsys.readouterr().err
+    )
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(
@@ -319,7 +350,7 @@ def test_a_model_that_changed_is_not_resumed(small_sweep: Path, capsys: pytest.C
     record["model"]["weights"] = "0" * 16
     Path("run/run.json").write_text(json.dumps(record))
     assert demo.main(["--save_dir", "run", *ONE, *SMALL, "--resume"]) == 2
-    assert_one_sentence(capsys.readouterr().err, "weights of 'embedded' have changed")
+    assert_one_sentence(capsys.readouterr().err, "weights of 'embedded' have changed since.*--override")
 
 
 def test_overwrite_replaces_a_run_and_only_it(small_sweep: Path) -> None:

@@ -30,6 +30,7 @@ SWEEP = Sweep(
 )
 """
 BASE = ["--model_name", MODEL, "--corpus", "embedded", "--device", "cpu", "--ctx_len", "32", "--widths", "64"]
+BASE += ["--no-report"]
 SMALL = [*BASE, "--num_tokens", "1536", "--batch_size", "64", "--buffer_contexts", "256"]
 TOP_K = ["--architectures", "top_k"]
 

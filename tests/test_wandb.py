@@ -163,7 +163,7 @@ def test_the_main_job_sends_its_evaluation(
 
     install(FakeWandb(server))
     monkeypatch.chdir(tmp_path)
-    sizes = "--num_tokens 4096 --batch_size 512 --widths 64 --buffer_contexts 64 --eval_tokens 500".split()
+    sizes = "--num_tokens 4096 --batch_size 512 --widths 64 --buffer_contexts 64 --eval_tokens 500 --no-report".split()
     config = "from dictionary_learning.config import Sweep\nfrom demo_config_original import PRESETS\n"
     (tmp_path / "demo_config_original.py").write_text((ROOT / "demo_config.py").read_text())
     (tmp_path / "demo_config.py").write_text(config + "SWEEP = Sweep(('top_k',), {'top_k': {'k': (8,)}})\n")

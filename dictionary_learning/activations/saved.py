@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dictionary_learning.activations.loader import ActivationLoader
-from dictionary_learning.activations.shards import COLUMNS, described_tensors, open_shards, shown
+from dictionary_learning.activations.shards import COLUMNS, described_tensors, open_shards, rows_of, shown
 from dictionary_learning.activations.statistics import RunningMoments, ZScore
 from dictionary_learning.activations.types import ActivationBatch, Provenance
 from dictionary_learning.errors import UserError
@@ -237,11 +237,14 @@ class SavedActivations:
             shard, verify = self._shards[block.shard], self.verify and block.shard not in self._verified
             rows = shard.open(verify)
             found, wanted = described_tensors(rows, f"'{shard.name}'"), (self.widths, self.dtype)
+            if rows_of(rows) != shard.rows:  # what the manifest says
+                raise UserError(f"The shard '{shard.name}' has {rows_of(rows):,} rows, expected {shard.rows:,}.")
             if found != wanted:
                 raise UserError(f"The shard '{shard.name}' has {shown(found)}, expected {shown(wanted)}.")
             tokens = {} if shard.tokens is None else shard.tokens.open(verify)
             lengths = {tuple(t.get_shape()) for t in tokens.values()}
-            if shard.tokens is not None and (set(tokens) != set(COLUMNS) or lengths != {(shard.rows,)}):
+            whole = {t.get_dtype() for t in tokens.values()} <= {"I64", "I32"}
+            if shard.tokens is not None and (set(tokens) != set(COLUMNS) or lengths != {(shard.rows,)} or not whole):
                 raise UserError(f"The shard '{shard.tokens.name}' is not the provenance of {shard.rows:,} rows.")
             self._opened = (block.shard, rows, tokens)
             self._verified.add(block.shard)

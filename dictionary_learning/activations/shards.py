@@ -11,7 +11,6 @@ A manifest may come from anybody: file names in it are only believed where they 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 import re
@@ -19,16 +18,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dictionary_learning import untrusted
 from dictionary_learning.activations.loading import DTYPES, HUB_TIMEOUT_S
 from dictionary_learning.activations.types import Provenance
 from dictionary_learning.errors import UserError, did_you_mean
 from dictionary_learning.hub_client import hub_endpoint, reach_hub, said_plainly
+from dictionary_learning.untrusted import listed, plain_json, read_npz, read_pickled
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "sae-factory activations", 1
@@ -95,7 +95,7 @@ def open_shards(path: str | os.PathLike[str]) -> ShardSet:
     for file in _files(place):
         tensors = read_tensors(file)
         found = described({name: _header(t) for name, t in tensors.items()}, f"'{file}'")
-        headers.append((Shard(str(file), lambda file=file: file, _rows(tensors)), found))  # type: ignore[misc]
+        headers.append((Shard(str(file), lambda file=file: file, rows_of(tensors)), found))  # type: ignore[misc]
     return _alike(headers)
 
 
@@ -127,24 +127,26 @@ def _files(path: Path) -> list[Path]:
 
 def read_tensors(file: Path) -> dict[str, Any]:
     """Name -> tensor, or slice of a file, mapped into memory. Raises UserError where the file is not readable."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         if file.suffix == ".npy":  # a private mapping: what is written to it never reaches the file
             return {"activations": torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))}
         if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as arrays:
-                return {name: torch.from_numpy(array) for name, array in arrays.items()}
+            return dict(read_npz(file))
         if file.suffix == ".safetensors":
             with safe_open(file, framework="pt") as tensors:
                 return {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
-        loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, TypeError, BadZipFile) as error:
-        raise UserError(f"The saved activations '{file}' are not readable: {str(error).splitlines()[0]}") from error
+        loaded = read_pickled(file)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         raise UserError(f"The saved activations '{file}' hold something else than tensors.") from error
-    named = dict(loaded) if isinstance(loaded, Mapping) else {"activations": loaded}
-    return {name: x.detach() if isinstance(x, Tensor) else x for name, x in named.items()}  # saved with their graph
+    except Exception as error:  # each format has errors of its own; all mean that the file can't be used
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"The saved activations '{file}' are not readable: {why}") from error
+    named = loaded if isinstance(loaded, Mapping) else {"activations": loaded}
+    return {str(name): x for name, x in named.items()}
 
 
 def file_sha256(path: Path) -> str:
@@ -164,19 +166,19 @@ def _header(tensor: Any) -> Any:
     """(shape, dtype) of a tensor or of a slice of a file; anything else as it is."""
     if isinstance(tensor, Tensor):
         return tuple(tensor.shape), tensor.dtype
-    if hasattr(tensor, "get_shape"):  # it tells its type by a name; an empty piece of it is a tensor
-        shape = tuple(tensor.get_shape())
-        return shape, tensor[:0].dtype if shape else None
+    if hasattr(tensor, "get_shape"):  # it tells its type by a name
+        return tuple(tensor.get_shape()), _SAFETENSORS_DTYPES.get(tensor.get_dtype(), tensor.get_dtype())
     return tensor
 
 
-def _rows(tensors: Mapping[str, Any]) -> int:
+def rows_of(tensors: Mapping[str, Any]) -> int:
+    """Rows of the first of tensors, or slices of files, that `described` found to have equal numbers."""
     return _header(next(iter(tensors.values())))[0][0]
 
 
 def shown(found: tuple[dict[str, int], torch.dtype]) -> str:
     """Widths and dtype for a message."""
-    return f"widths {found[0]} in {found[1]}"
+    return untrusted.shown(f"widths {found[0]} in {found[1]}", 300)
 
 
 def described(headers: Mapping[Any, Any], where: str) -> tuple[dict[str, int], torch.dtype]:
@@ -188,17 +190,17 @@ def described(headers: Mapping[Any, Any], where: str) -> tuple[dict[str, int], t
     widths, dtypes, counts = {}, set(), set()
     for name, header in headers.items():
         if not isinstance(header, tuple) or len(header) != 2 or not isinstance(header[0], tuple):
-            raise UserError(f"{where}: '{name}' is {type(header).__name__}, expected a tensor [rows, width].")
+            raise UserError(f"{where}: '{listed([name])}' is {type(header).__name__}, expected a tensor [rows, width].")
         shape, dtype = header
-        if len(shape) != 2:
-            raise UserError(f"{where}: '{name}' has shape {shape}, expected [rows, width].")
+        if len(shape) != 2 or not shape[1]:  # of no width there may be any number of rows
+            raise UserError(f"{where}: '{listed([name])}' has shape {str(shape)[:80]}, expected [rows, width].")
         dtypes.add(dtype)
         widths[str(name)] = shape[1]
         counts.add(shape[0])
     if len(counts) != 1 or len(dtypes) != 1 or not getattr(next(iter(dtypes)), "is_floating_point", False):
         raise UserError(
             f"{where} should hold floating-point tensors of one type with equal numbers of rows, got "
-            f"{', '.join(map(str, dtypes)) or 'nothing'} with {', '.join(map(str, counts)) or 'no'} rows."
+            f"{', '.join(map(str, dtypes)) or 'nothing'} with {listed(sorted(counts)) if counts else 'no'} rows."
         )
     return widths, dtypes.pop()
 
@@ -221,8 +223,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        return _checked_manifest(json.loads(file.read_text(encoding="utf-8")), str(file))
-    except (OSError, ValueError, RecursionError) as error:
+        return _checked_manifest(plain_json(file.read_text(encoding="utf-8")), str(file))
+    except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"'{file}' is not a readable JSON file: {error}.") from error
@@ -232,7 +234,9 @@ def _checked_manifest(data: Any, where: str) -> dict[str, Any] | None:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         return None
     if data.get("version") != VERSION:
-        raise UserError(f"'{where}' has version {data.get('version')!r}, not {VERSION}, which this program reads.")
+        raise UserError(
+            f"'{where}' has version {listed([data.get('version')])}, not {VERSION}, which this program reads."
+        )
     try:
         for shard in data["shards"]:
             whole = all(isinstance(n, int) and n > 0 for n in (shard["rows"], shard["bytes"], *shard["batches"]))
@@ -312,8 +316,8 @@ def _on_hub(spec: str) -> ShardSet:
 
     if opened.manifest is not None:
         try:
-            data = json.loads(opened.manifest.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            data = plain_json(opened.manifest.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
             raise UserError(f"'{where}/{MANIFEST}' is not a readable JSON file.") from error
         manifest = _checked_manifest(data, f"{where}/{MANIFEST}")
         if manifest is not None:

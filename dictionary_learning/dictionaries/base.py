@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from dictionary_learning.dictionaries.weights import read_weights
 from dictionary_learning.errors import UserError, did_you_mean
+from dictionary_learning.untrusted import listed, shown
 
 DICTIONARIES: dict[str, type[Dictionary]] = {}  # class name (`dict_class` in config.json) -> class
 
@@ -177,6 +178,9 @@ class Dictionary(nn.Module, ABC):
             if int(state["transcodes_to"]) != output_dim:
                 raise ValueError("the decoder is of another width than the file says")
             kwargs = {"output_dim": output_dim, "skip": "W_skip" in state} | kwargs
+        made = dict_size * (activation_dim + output_dim) + ("W_skip" in state) * activation_dim * output_dim
+        if made > 2 * sum(tensor.numel() for tensor in state.values()):  # two thin matrices can ask for a wide one
+            raise ValueError("the encoder and the decoder don't fit together")
         dictionary = cls(activation_dim, dict_size, **kwargs)
         dictionary.load_state_dict(state)
         return dictionary
@@ -209,9 +213,9 @@ class Dictionary(nn.Module, ABC):
             dictionary = cls.from_state_dict(state, **kwargs)
         except UserError:
             raise
-        except (KeyError, RuntimeError, ValueError, OverflowError) as error:  # missing, left over, of another shape
+        except (KeyError, RuntimeError, TypeError, ValueError, OverflowError) as error:  # missing, of another shape
             raise UserError(
-                f"'{os.fspath(path)}' does not hold a {cls.__name__}: its tensors are {', '.join(sorted(state))}."
+                f"'{os.fspath(path)}' does not hold a {cls.__name__}: its tensors are {listed(sorted(state))}."
             ) from error
         return dictionary.to(dtype=dtype, device=device)
 
@@ -224,7 +228,7 @@ def dictionary_class(name: str) -> type[Dictionary]:
     """
     if name not in DICTIONARIES:
         raise UserError(
-            f"Dictionary class '{name}' is unknown: use one of {', '.join(DICTIONARIES)}."
+            f"Dictionary class '{shown(name)}' is unknown: use one of {', '.join(DICTIONARIES)}."
             f"{did_you_mean(name, DICTIONARIES)}"
         )
     return DICTIONARIES[name]

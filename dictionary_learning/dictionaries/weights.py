@@ -6,10 +6,10 @@ import os
 import pickle
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from dictionary_learning.errors import UserError
+from dictionary_learning.untrusted import read_pickled
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -31,11 +31,11 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # what PyTorch advises here is to load it unrestricted: never
+        state = read_pickled(file)
+    except pickle.UnpicklingError as error:
         raise UserError(f"'{file}' holds something other than plain tensors and was not loaded.") from error
     except Exception as error:  # each format has errors of its own; all mean that the file can't be used
         raise UserError(f"'{file}' is not a readable file of weights ({type(error).__name__}).") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(n, str) and isinstance(t, Tensor) for n, t in state.items()):
         raise UserError(f"'{file}' does not hold a dictionary's weights: expected named tensors.")
     return state

@@ -29,6 +29,7 @@ from dictionary_learning.errors import UserError, did_you_mean
 from dictionary_learning.formats import files
 from dictionary_learning.formats.coder import CannotHold, as_coder, to_dictionary
 from dictionary_learning.storage import atomic_path, finite, write_json
+from dictionary_learning.untrusted import shown
 from dictionary_learning.utils import WEIGHT_FILES, load_dictionary
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
@@ -99,7 +100,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Dictionary, dict[str, Any]]:
         raise UserError(f"'{config_file}' does not say trainer.dict_class: it is no dictionary's config.")
     if name not in DICTIONARIES:
         raise UserError(
-            f"Dictionary class '{name}' in '{config_file}' is unknown: use one of {', '.join(DICTIONARIES)}."
+            f"Dictionary class '{shown(name)}' in '{config_file}' is unknown: use one of {', '.join(DICTIONARIES)}."
             f"{did_you_mean(name, DICTIONARIES)}"
         )
     try:
@@ -107,7 +108,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Dictionary, dict[str, Any]]:
     except UserError:
         raise
     except Exception as error:  # a config whose values don't fit the class; each class trips over them in its own way
-        raise UserError(f"'{folder}' does not hold a {name} ({type(error).__name__}: {error}).") from error
+        raise UserError(f"'{folder}' does not hold a {name} ({type(error).__name__}: {shown(error, 200)}).") from error
     for key, tensor in dictionary.state_dict().items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"The tensor '{key}' in '{folder}' holds NaN or infinity: the file is damaged.")

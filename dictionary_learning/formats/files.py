@@ -7,22 +7,21 @@ before memory is taken for them, and what is missing, of another shape or not a 
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from dictionary_learning import untrusted
 from dictionary_learning.dictionary import Dictionary, read_weights
 from dictionary_learning.errors import UserError
 from dictionary_learning.storage import finite, read_json, write_json, write_tensors
+from dictionary_learning.untrusted import listed, shown
 
 OWN_CONFIG = "config.json"
 MAX_JSON_BYTES = 16 << 20
-MAX_INFLATION = 64  # an .npz that unpacks to more than this many times its size, and to more than 1 GiB, is a bomb
 
 
 class Weights:
@@ -55,9 +54,7 @@ class Weights:
             UserError: it is missing, of another shape, not floating point, or holds NaN or infinity.
         """
         if name not in self.tensors:
-            raise UserError(
-                f"'{self.file}' lacks the tensor '{name}'; it holds {', '.join(self.tensors) or 'no other'}."
-            )
+            raise UserError(f"'{self.file}' lacks the tensor '{name}'; it holds {listed(list(self.tensors))}.")
         tensor = self.tensors.pop(name)
         if tensor.shape != shape:
             raise UserError(
@@ -73,7 +70,7 @@ class Weights:
     def finish(self) -> None:
         """Raises UserError when a tensor was not taken: what it would do to the codes is unknown."""
         if self.tensors:
-            raise UserError(f"'{self.file}' holds tensors of no known meaning: {', '.join(sorted(self.tensors))}.")
+            raise UserError(f"'{self.file}' holds tensors of no known meaning: {listed(sorted(self.tensors))}.")
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -81,6 +78,10 @@ def read_config(file: Path) -> dict[str, Any]:
     if file.is_file() and file.stat().st_size > MAX_JSON_BYTES:
         raise UserError(f"'{file}' is larger than {MAX_JSON_BYTES >> 20} MiB: it is no config.")
     config = read_json(file)
+    try:
+        untrusted.checked(config, bits=None)
+    except ValueError as error:
+        raise UserError(f"'{file}' can't be used: {error}.") from None
     if not isinstance(config, dict):
         raise UserError(f"'{file}' should hold a JSON object, but holds a {type(config).__name__}.")
     return config
@@ -92,14 +93,14 @@ def positive_integer(config: Mapping[str, Any], key: str, file: Path, default: A
     if value is None:
         raise UserError(f"'{file}' lacks '{key}'.")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"'{key}' in '{file}' must be a positive integer, got {value!r}.")
+        raise UserError(f"'{key}' in '{file}' must be a positive integer, got {shown(repr(value))}.")
     return value
 
 
 def check_size(config: Mapping[str, Any], key: str, size: int, file: Path) -> None:
     """Raises UserError when a config gives another size than the weights have; it may leave it out."""
     if config.get(key) is not None and positive_integer(config, key, file) != size:
-        raise UserError(f"'{file}' says {key} = {config[key]}, but the weights beside it have {size}.")
+        raise UserError(f"'{file}' says {key} = {shown(config[key])}, but the weights beside it have {size}.")
 
 
 def folder_of(path: str | os.PathLike[str], *names: str) -> Path:
@@ -125,13 +126,7 @@ def read_npz(file: Path) -> dict[str, Tensor]:
         UserError: it is not such a file.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > max(1 << 30, MAX_INFLATION * file.stat().st_size):
-            raise UserError(f"'{file}' would unpack to {unpacked / 1e9:.1f} GB: it is no file of weights.")
-        with np.load(file, allow_pickle=False) as arrays:
-            loaded = {name: arrays[name] for name in arrays.files}
-        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in loaded.items()}
+        return untrusted.read_npz(file)
     except UserError:
         raise
     except Exception as error:  # zipfile, numpy and zlib each have errors of their own; all mean that it can't be used

@@ -26,6 +26,7 @@ from dictionary_learning.formats.hook_names import (
     transformer_lens_name,
 )
 from dictionary_learning.storage import finite, write_json, write_tensors
+from dictionary_learning.untrusted import shown
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VERSION = "6.0.0"  # of the layout; without it SAELens takes the file for one of before 6 and drops the metadata
@@ -164,14 +165,14 @@ def _architecture(cfg: Mapping[str, Any], file: Path) -> str:
     if name not in READABLE:
         hint = " (save a BatchTopK SAE for inference, which makes it jumprelu)" if "batch" in str(name) else ""
         raise UserError(
-            f"The SAELens architecture '{name}' in '{file}' can't be read: use one of {', '.join(READABLE)}{hint}."
-            f"{did_you_mean(name, READABLE)}"
+            f"The SAELens architecture '{shown(name)}' in '{file}' can't be read: use one of "
+            f"{', '.join(READABLE)}{hint}.{did_you_mean(name, READABLE)}"
         )
     function = cfg.get("activation_fn_str", cfg.get("activation_fn", "relu"))
     if name == "standard" and function == "topk":
         return "topk"
     if function not in ("relu", "topk"):
-        raise UserError(f"'{file}' has the activation function '{function}', expected relu or topk.")
+        raise UserError(f"'{file}' has the activation function '{shown(function)}', expected relu or topk.")
     return name
 
 
@@ -180,13 +181,15 @@ def _refuse_other_functions(cfg: Mapping[str, Any], file: Path) -> None:
     normalisation = cfg.get("normalize_activations") or "none"
     if normalisation != "none":
         raise UserError(
-            f"'{file}' normalises activations by '{normalisation}', with numbers that are not in the file: fold it "
-            "into the weights first (SAELens: fold_activation_norm_scaling_factor) and save again."
+            f"'{file}' normalises activations by '{shown(normalisation)}', with numbers that are not in the file: fold "
+            "it into the weights first (SAELens: fold_activation_norm_scaling_factor) and save again."
         )
     if cfg.get("finetuning_scaling_factor"):
         raise UserError(f"'{file}' rescales its codes by a finetuning_scaling_factor, which no dictionary here does.")
     if (cfg.get("reshape_activations") or "none") not in ("none", "hook_z"):  # hook_z: heads side by side, as here
-        raise UserError(f"'{file}' reshapes activations by '{cfg['reshape_activations']}', expected none or hook_z.")
+        raise UserError(
+            f"'{file}' reshapes activations by '{shown(cfg['reshape_activations'])}', expected none or hook_z."
+        )
 
 
 def _coder(
@@ -206,7 +209,7 @@ def _coder(
     b_dec_O = weights.take("b_dec", d_out)
     subtracts = cfg.get("apply_b_dec_to_input", not transcodes)
     if not isinstance(subtracts, bool):
-        raise UserError(f"'apply_b_dec_to_input' in '{file}' must be true or false, got {subtracts!r}.")
+        raise UserError(f"'apply_b_dec_to_input' in '{file}' must be true or false, got {shown(repr(subtracts))}.")
     if transcodes and subtracts:
         raise UserError(f"'apply_b_dec_to_input' in '{file}' must be false: b_dec belongs to a transcoder's output.")
     coder = Coder(encoder_FD, b_dec_O, decoder_FO, b_dec_O, "relu", subtracts, transcodes=transcodes)

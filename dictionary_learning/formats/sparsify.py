@@ -20,6 +20,7 @@ from dictionary_learning.formats import files
 from dictionary_learning.formats.coder import CannotHold, Coder, as_coder, to_dictionary
 from dictionary_learning.formats.hook_names import from_module_path
 from dictionary_learning.storage import finite, write_json, write_tensors
+from dictionary_learning.untrusted import shown
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 
@@ -82,7 +83,7 @@ def read(path: str | os.PathLike[str]) -> tuple[Dictionary, dict[str, Any]]:
     cfg = files.read_config(config_file)
     activation = cfg.get("activation", "topk")
     if activation not in ("topk", "groupmax"):
-        raise UserError(f"'{config_file}' has the activation {activation!r}, expected topk or groupmax.")
+        raise UserError(f"'{config_file}' has the activation {shown(repr(activation))}, expected topk or groupmax.")
     if cfg.get("signed"):
         raise UserError(f"The coder of '{config_file}' keeps negative codes, which no dictionary here does.")
     weights = files.Weights.load(weights_file)

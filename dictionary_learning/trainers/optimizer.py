@@ -15,6 +15,7 @@ from torch import Tensor
 from dictionary_learning.dictionary import Dictionary
 from dictionary_learning.kernels import fused_adam_for
 from dictionary_learning.kernels.products import scratch
+from dictionary_learning.trainers.health import Health
 
 ROWS_AT_ONCE = 512
 
@@ -43,16 +44,19 @@ class DictionaryOptimizer:
             for in_units in (False, True)
         ]
         self.adam = torch.optim.Adam(groups, lr=lr, fused=rows_FD.device.type in ("cpu", "cuda"))
+        self.health = Health(rows_FD.device)
 
     def zero_grad(self) -> None:
         self.ae.zero_grad(set_to_none=True)
         self.adam.zero_grad(set_to_none=True)  # its leaves hold the same gradients
 
     @torch.no_grad()
-    def step(self, lr: float, unit: float, clip: float | None) -> None:
-        """Move the parameters.
+    def step(self, lr: float, unit: float, clip: float | None, loss: Tensor) -> bool | None:
+        """Move the parameters, unless a loss or gradient of this step or an earlier one is not finite: whether they
+        moved; None on CUDA, where the device decides it and nothing waits.
 
         Args:
+            loss: what the gradients are of, a scalar.
             unit: what the data is measured in. Parameters in units of the data take gradients per unit and steps in
                 units, so that clipping and Adam see the same numbers whatever it is.
             clip: largest norm of all gradients together; None doesn't clip.
@@ -62,20 +66,27 @@ class DictionaryOptimizer:
             group["lr"] = lr * (unit if group["in_units"] else 1.0)
         fused = fused_adam_for(self._decoder_FD.device)
         if fused is None:
-            self._step_in_passes(clip)
-        else:
-            self._step_fused(fused, lr, clip)
+            return self._step_in_passes(clip, loss)
+        self._step_fused(fused, lr, clip, loss)
+        return None
 
-    def _step_in_passes(self, clip: float | None) -> None:
+    def _step_in_passes(self, clip: float | None, loss: Tensor) -> bool | None:
         unit_norm, rows_FD = self.ae.unit_norm_decoder, self._decoder_FD
         if unit_norm:
             self._remove_parallel_gradient()
-        self._divide_gradients(self._excess([self._squares(leaf) for leaf in self._moving()], clip))
+        square = torch.stack([self._squares(leaf) for leaf in self._moving()]).sum()
+        refused = self.health.refuses(loss, square)
+        if not refused.is_cuda and refused:  # looking costs nothing there
+            return False
+        self._divide_gradients(self._excess(square, clip))
+        if refused.is_cuda:
+            self.adam.found_inf = refused  # type: ignore[attr-defined]  # at 1, Adam changes nothing
         self.adam.step()
         if unit_norm:
             rows_FD.div_(rows_FD.norm(dim=1, keepdim=True).clamp_min_(torch.finfo(rows_FD.dtype).tiny))
+        return None if refused.is_cuda else True
 
-    def _step_fused(self, fused: Any, lr: float, clip: float | None) -> None:
+    def _step_fused(self, fused: Any, lr: float, clip: float | None, loss: Tensor) -> None:
         """The same, with the weights' projection, clipping, Adam and normalisation in one pass over each."""
         weights = {id(leaf): leaf for leaf in self._moving() if leaf.ndim == 2 and len(leaf) == self.ae.dict_size}
         projected = {key: leaf is self._decoder_FD and self.ae.unit_norm_decoder for key, leaf in weights.items()}
@@ -83,18 +94,27 @@ class DictionaryOptimizer:
             fused.gradient_squares(leaf, leaf.grad, projected[id(leaf)]) if id(leaf) in weights else self._squares(leaf)
             for leaf in self._moving()
         ]
-        excess = self._excess(squares, clip)
+        square = torch.stack(squares).sum()
+        refused = self.health.refuses(loss, square)
+        refuse = refused.bool()
+        excess = self._excess(square, clip)
+        scale = self._decoder_FD.new_ones(()) if excess is None else 1 / excess
+        scale = scale.masked_fill(refuse, 0.0)
+        rate = torch.full((), lr, dtype=torch.float64, device=refuse.device).masked_fill_(refuse, 0.0)
         for key, leaf in weights.items():
             state = self.adam.state[leaf]
             if not state:
                 state["step"] = torch.zeros((), device=leaf.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(leaf), torch.zeros_like(leaf)
-            state["step"] += 1
-            scale = leaf.new_ones(()) if excess is None else 1 / excess
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            fused.adam_step(leaf, leaf.grad, *moments, step=state["step"], lr=lr, scale=scale, project=projected[key])
+            state["step"] += 1 - refused
+            assert leaf.grad is not None
+            moments, grad = (state["exp_avg"], state["exp_avg_sq"]), leaf.grad.masked_fill_(refuse, 0.0)
+            step = state["step"].clamp_min(1.0)
+            fused.adam_step(leaf, grad, *moments, step=step, lr=rate, scale=scale, project=projected[key])
             leaf.grad = None  # so that Adam leaves it alone
         self._divide_gradients(excess)
+        if self.adam.defaults["fused"]:
+            self.adam.found_inf = refused  # type: ignore[attr-defined]
         self.adam.step()
 
     def _moving(self) -> list[Tensor]:
@@ -106,9 +126,9 @@ class DictionaryOptimizer:
         return torch.linalg.vector_norm(leaf.grad).square()
 
     @staticmethod
-    def _excess(squares: list[Tensor], clip: float | None) -> Tensor | None:
-        """How many times the gradients' norm is as large as it may be, at least 1."""
-        return None if clip is None else (torch.stack(squares).sum().sqrt() / clip).clamp_min_(1.0)
+    def _excess(square: Tensor, clip: float | None) -> Tensor | None:
+        """How many times the gradients' norm (its square is given) is as large as it may be, at least 1."""
+        return None if clip is None else (square.sqrt() / clip).clamp_min_(1.0)
 
     def _divide_gradients(self, excess: Tensor | None) -> None:
         if excess is not None and self.adam.defaults["fused"]:
@@ -124,11 +144,18 @@ class DictionaryOptimizer:
                 for moment in ("exp_avg", "exp_avg_sq"):
                     self.adam.state[leaf][moment][latents_N] = 0.0
 
+    def steps_taken(self) -> int:
+        """Steps that moved the parameters. Waits for the device."""
+        steps = [int(self.adam.state[leaf]["step"]) for leaf in self.leaves.values() if leaf in self.adam.state]
+        return max(steps, default=0)
+
     def state_dict(self) -> dict[str, Any]:
-        return self.adam.state_dict()
+        return {**self.adam.state_dict(), "health": self.health.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.adam.load_state_dict(copy.deepcopy(state))  # it would keep the given tensors
+        own = {name: value for name, value in state.items() if name != "health"}
+        self.adam.load_state_dict(copy.deepcopy(own))  # it would keep the given tensors
+        self.health.load_state_dict(state["health"])
 
     def _parameters_by_rows(self) -> dict[str, Tensor]:
         """Name -> the parameter's memory, the encoder's and the decoder's as [F, D]."""

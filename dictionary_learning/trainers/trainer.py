@@ -28,6 +28,7 @@ from dictionary_learning.kernels.matmul import fast_matmul
 from dictionary_learning.kernels.products import own_memory
 from dictionary_learning.profiling import span
 from dictionary_learning.trainers.functions import geometric_median, seeded
+from dictionary_learning.trainers.health import Stopped
 from dictionary_learning.trainers.optimizer import (
     ConstrainedAdam,
     DictionaryOptimizer,
@@ -245,12 +246,19 @@ class SAETrainer(ABC):
             (out.loss / self.unit**2).backward()
         lr = self.lr * self._lr_scale(step) * (1.0 if self.plateau is None else self.plateau.factor)
         with span("optimiser"):
-            self._optimizer.step(lr, self.unit, self.grad_clip_norm)
+            moved = self._optimizer.step(lr, self.unit, self.grad_clip_norm, out.loss.detach())
+        if self._optimizer.health.look(step, moved, self._optimizer.steps_taken):
+            return out.loss.detach()
         self.last = out.detach()
         self.tokens_since_fired_F += len(x_BD)
         self.tokens_since_fired_F.masked_fill_(out.fired_F, 0)
         self.after_update(x_BD, y_BD, step, self.last)
         return self.last.loss
+
+    @property
+    def stopped(self) -> Stopped | None:
+        """Why this dictionary no longer learns, once a loss or a gradient was not finite. Updates then do nothing."""
+        return self._optimizer.health.stopped
 
     @property
     def unit(self) -> float:

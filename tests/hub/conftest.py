@@ -22,6 +22,7 @@ SWEEP = Sweep(architectures=("top_k", "jump_relu"),
               sparsities={"top_k": {"k": (4, 8)}, "jump_relu": {"target_l0": (8,)}})
 """
 SMALL = "--layers 1 --num_tokens 4096 --batch_size 256 --widths 64 --buffer_contexts 48 --eval_tokens 600".split()
+SMALL += ["--no-report"]
 
 
 @pytest.fixture(scope="session")
