@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 130
+LONGEST = 2000  # characters of a sentence on the terminal
 
 
 class UserError(ValueError):
@@ -25,11 +26,17 @@ def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted
     try:
         return command() or 0
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {_plain(str(error))}", file=sys.stderr)
         return USER_ERROR_EXIT
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED_EXIT
+
+
+def _plain(sentence: str) -> str:
+    """A sentence that may quote a file: cut, with nothing in it that moves a terminal's cursor or sets its colours."""
+    cut = sentence if len(sentence) <= LONGEST else f"{sentence[:LONGEST]}..."
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in cut)
 
 
 def did_you_mean(name: object, known: Iterable[object]) -> str:

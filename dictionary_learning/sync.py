@@ -92,7 +92,7 @@ def _names(folder: Path) -> Iterator[str]:
     """The dictionaries of a run, by number."""
     names = {row["trainer"] for row in read_rows(folder / METRICS)}
     names |= {path.parent.name for path in folder.glob("trainer_*/config.json")}
-    yield from sorted(names, key=lambda name: [int(part) if part.isdigit() else 0 for part in re.split(r"(\d+)", name)])
+    yield from sorted(names, key=lambda name: ([int(part) for part in re.findall(r"[0-9]{1,18}", name)], name))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

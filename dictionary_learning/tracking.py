@@ -119,7 +119,7 @@ class JsonlSink(SilentSink):
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line)
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue  # a line cut short by a crash
         with atomic_file(self.path) as handle:
             handle.writelines(line + "\n" for line in kept)

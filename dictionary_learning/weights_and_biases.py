@@ -49,7 +49,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         return
     with path.open(encoding="utf-8", errors="replace") as handle:
         for line in handle:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)
                 if isinstance(row, dict) and isinstance(row.get("step"), int) and isinstance(row.get("trainer"), str):
                     yield row
@@ -61,9 +61,16 @@ def read_marker(folder: Path | None) -> dict[str, Any]:
         return {}
     found = storage.read_json(folder / MARKER)
     whole = isinstance(found, dict) and isinstance(found.get("group"), str) and isinstance(found.get("runs"), dict)
-    if not whole or not all({"id", "step", "sent"} <= set(entry) for entry in found["runs"].values()):
+    if not whole or not all(map(_is_entry, found["runs"].values())):
         raise UserError(f"'{folder / MARKER}' is damaged: delete it, and a sync makes new runs.")
     return found
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is what `close_run` writes of a run."""
+    kinds = {"id": str, "step": int, "sent": dict}
+    found = isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
+    return found and all(isinstance(sent, dict) and "reference" in sent for sent in entry["sent"].values())
 
 
 def said(error: BaseException) -> str:

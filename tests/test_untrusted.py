@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dictionary_learning import untrusted
+from dictionary_learning.errors import UserError, exit_code
 
 TREE: dict[str, Any] = {
     "transposed": torch.arange(15.0).reshape(5, 3).t(),
@@ -176,3 +177,12 @@ def test_names_and_texts_from_files_are_made_harmless() -> None:
     assert len(untrusted.listed(["x" * 10**6])) == 63
     assert untrusted.spellable("é\U0001f600") == "é\U0001f600"
     assert untrusted.spellable("\ud83d\ude00 \ud800") == "\U0001f600 \ufffd"
+
+
+def test_a_sentence_that_quotes_a_file_can_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise UserError("'\x1b[31mred\u202e\x07' is no name" + "x" * 10_000)
+
+    assert exit_code(command) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Error: '\\x1b[31mred\\u202e\\x07' is no name") and len(err) < 2100

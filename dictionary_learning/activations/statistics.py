@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dictionary_learning.errors import UserError
+from dictionary_learning.untrusted import listed
 
 NAMED = 10  # dimensions that a report names
 
@@ -137,5 +138,5 @@ def load_zscores(path: Path) -> dict[str, ZScore]:
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(f"'{path}' is not a readable file of z-scores: {error}.") from error
     if not zscores or len(tensors) != 2 * len(zscores):
-        raise UserError(f"'{path}' holds no z-scores: its tensors are {', '.join(tensors) or 'none'}.")
+        raise UserError(f"'{path}' holds no z-scores: its tensors are {listed(list(tensors))}.")
     return zscores

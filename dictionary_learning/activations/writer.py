@@ -37,9 +37,11 @@ from dictionary_learning.activations.shards import (
 )
 from dictionary_learning.activations.types import ActivationBatch
 from dictionary_learning.errors import UserError
+from dictionary_learning.untrusted import shown
 
 _PROVENANCE_DTYPES = dict.fromkeys(COLUMNS, torch.int32) | {"document": torch.int64}
 BYTES_OF_PROVENANCE = sum(torch.empty((), dtype=dtype).element_size() for dtype in _PROVENANCE_DTYPES.values())
+MOST_PENDING = 64 << 20  # bytes of tokens read and not handed out: those of one document are kept
 _ROOM = 64 * 2**20  # bytes that a disk should have left beyond a shard
 
 
@@ -172,10 +174,15 @@ def unpack_state(packed: Mapping[str, Any]) -> dict[str, Any]:
     """What `pack_state` packed. Raises UserError where it is damaged."""
     try:
         pending = packed["contexts"]["pending"]
-        numbers = np.frombuffer(zlib.decompress(base64.b64decode(pending["zlib"])), dtype="<i8")
+        inflater = zlib.decompressobj()
+        data = inflater.decompress(base64.b64decode(pending["zlib"]), MOST_PENDING)
+        if inflater.unconsumed_tail:
+            raise ValueError(f"its tokens unpack to more than {MOST_PENDING >> 20} MiB")
+        numbers = np.frombuffer(data, dtype="<i8")
         tensor = torch.from_numpy(numbers.astype(np.int64).reshape(pending["shape"]))
-    except (KeyError, TypeError, ValueError, zlib.error) as error:
-        raise UserError(f"The state in {MANIFEST} is damaged ({error}): harvest into a new folder.") from error
+    except (KeyError, TypeError, ValueError, OverflowError, zlib.error) as error:
+        why = shown(error, 200)
+        raise UserError(f"The state in {MANIFEST} is damaged ({why}): harvest into a new folder.") from error
     return {**packed, "contexts": {**packed["contexts"], "pending": tensor}}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self, overload
@@ -222,7 +223,7 @@ class MatryoshkaBatchTopKSAE(_BatchTopK, _MatrixDictionary):
         if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes) or sum(sizes) != dict_size:
             raise UserError(f"group_sizes must be positive and add up to the width {dict_size}, got {sizes}.")
         self.register_buffer("group_sizes", torch.tensor(sizes))
-        self.group_indices = [sum(sizes[:i]) for i in range(len(sizes) + 1)]  # where each group begins, and the end
+        self.group_indices = list(itertools.accumulate(sizes, initial=0))  # where each group begins, and the end
         self.active_groups = len(sizes)
 
     @property
