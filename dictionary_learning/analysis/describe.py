@@ -76,6 +76,11 @@ def run_command(args: DescribeArgs) -> int:
         return 0
     if args.endpoint is None or args.model is None:
         raise UserError("Nothing is sent without --endpoint and --model: give both, or --dry_run to see a prompt.")
+    if args.score and material.probes is None:
+        raise UserError(
+            f"The analysis in '{folder.path}' kept no texts in which latents are silent, which a score needs: make it "
+            "again with --overwrite, or add --no-score."
+        )
     endpoint = ChatEndpoint(args.endpoint, args.model, answer_tokens=args.answer_tokens, timeout=args.timeout)
     outcome = describe(folder, name, material, features, endpoint, score=args.score, parallel=args.parallel)
     _print(folder, name, features, outcome)

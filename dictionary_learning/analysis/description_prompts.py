@@ -16,16 +16,14 @@ import numpy as np
 
 from dictionary_learning.analysis.endpoint import printable
 from dictionary_learning.analysis.folder import AnalysisFolder
+from dictionary_learning.analysis.probes import BEFORE, BEHIND
 from dictionary_learning.analysis.types import Examples
+from dictionary_learning.errors import UserError
 
 EXPLAINED = 12  # examples shown for a description
 JUDGED = 10  # held-out examples of the latent to judge by, and as many of others
 TEXT_CHARACTERS = 600  # of a whole text
 EFFECTS = 10  # tokens a side
-BEFORE, BEHIND = (
-    16,
-    8,
-)  # tokens of a text to judge: the fewer, the surer other places are that the latent is silent there
 
 
 class Place(NamedTuple):
@@ -41,7 +39,7 @@ class Place(NamedTuple):
 
 
 class Split(NamedTuple):
-    """The examples of a latent: those that explain it, those that judge, and judges from elsewhere."""
+    """The examples of a latent: those that explain it, those that judge, and judges in which it is silent."""
 
     explain: list[Place]
     active: list[Place]
@@ -64,18 +62,18 @@ class Material:
         self._spaced = any(text[:1].isspace() and len(text) > 1 for text in self._strings.values())
         self._corpora = list(folder.info.get("corpora") or [])
         self._several = any(column.startswith("rate:") for column in self.table)
-        self._others = np.argwhere(self.samples.document_FE >= 0)  # (latent, example) of every sample
+        self.probes = folder.probes(name)
+        if self.probes is not None and self.probes.fired_RF.shape[1] != len(self.table["feature"]):
+            raise UserError(f"The probes of {name} in '{folder.path}' don't fit its table: analyse it again.")
 
     def has_examples(self, feature: int) -> bool:
         """Whether any text is kept in which the latent is active."""
         return any(bool((kept.document_FE[feature] >= 0).any()) for kept in (self.top, self.samples))
 
     def split(self, feature: int) -> Split:
-        """The latent's examples in two halves that share no document, and as many places of other latents.
+        """The latent's examples in two halves that share no document, and as many places where it is silent.
 
-        Documents, each with its strongest place, take turns in the order of these. A place of another latent is in a
-        document in which no kept example of this one lies; that the latent is silent all over it is likely, not
-        certain.
+        Documents, each with its strongest place, take turns in the order of these.
         """
         strongest: dict[int, tuple[float, Examples, int]] = {}
         for kept in (self.top, self.samples):
@@ -87,7 +85,7 @@ class Material:
         places = [self._place(kept, feature, at, ranked[0][0]) for _, kept, at in ranked]
         explain = _different(places[0::2], set())
         active = _different(places[1::2], {place.plain for place in explain})
-        silent = self._silent(feature, set(strongest), {place.plain for place in [*explain, *active]})
+        silent = self._silent(feature, {place.plain for place in [*explain, *active]})
         judges = min(len(active), len(silent), JUDGED)
         return Split(_spread(explain, EXPLAINED), _spread(active, judges), silent[:judges])
 
@@ -116,31 +114,48 @@ class Material:
         share = float(kept.value_FE[feature, at]) / largest
         corpus = self._corpora[kept.corpus_FE[feature, at]] if self._corpora else ""
         if self._whole:
-            text = str(self._texts.get(int(kept.document_FE[feature, at]), {}).get("text", ""))
-            text = _unmarked(text[:TEXT_CHARACTERS] + ("…" if len(text) > TEXT_CHARACTERS else ""))
+            text = self._text(int(kept.document_FE[feature, at]))
             return Place(text, text, share, corpus)
         inside = kept.token_FEW[feature, at] >= 0
-        pieces = [self._strings.get(token, "") for token in kept.token_FEW[feature, at][inside].tolist()]
-        if not self._spaced:  # WordPiece: a token is a word unless it says that it goes on
-            pieces = [piece.removeprefix("##") if piece.startswith("##") else f" {piece}" for piece in pieces]
+        pieces = self._pieces(kept.token_FEW[feature, at][inside])
         active = (kept.act_FEW[feature, at][inside] > 0).tolist()
         peak = int(inside[: kept.peak_FE[feature, at]].sum())
         around = pieces[max(peak - BEFORE, 0) : peak + BEHIND + 1]
         return Place(_marked(pieces, active), _marked(around, [False] * len(around)), share, corpus)
 
-    def _silent(self, feature: int, documents: set[int], texts: set[str]) -> list[Place]:
-        """`JUDGED` samples of other latents, at random, of no document and no text that is named or taken."""
-        draw = np.random.default_rng((self.seed, feature)).integers(len(self._others), size=50 * JUDGED)
-        found: list[Place] = []
-        for other, at in self._others[draw].tolist():
-            document = int(self.samples.document_FE[other, at])
-            if other == feature or document in documents or len(found) == JUDGED:
-                continue
-            place = self._place(self.samples, other, at, 1.0)
+    def _silent(self, feature: int, texts: set[str]) -> list[Place]:
+        """`JUDGED` places at random, of no text that is named, in which the latent is known not to fire."""
+        if self.probes is None:
+            return []
+        silent = np.flatnonzero(~self.probes.fired_RF[:, feature])
+        places = map(self._probe, np.random.default_rng((self.seed, feature)).permutation(silent).tolist())
+        found: dict[str, Place] = {}
+        while len(found) < JUDGED and (place := next(places, None)) is not None:
             if place.plain not in texts:
-                found.append(place)
-                documents, texts = documents | {document}, texts | {place.plain}
-        return found
+                found.setdefault(place.plain, place)
+        return list(found.values())
+
+    def _probe(self, at: int) -> Place:
+        assert self.probes is not None
+        corpus = self._corpora[self.probes.corpus_R[at]] if self._corpora else ""
+        if self._whole:
+            text = self._text(int(self.probes.document_R[at]))
+        else:
+            pieces = self._pieces(self.probes.token_RW[at][self.probes.token_RW[at] >= 0])
+            text = _marked(pieces, [False] * len(pieces))
+        return Place(text, text, 0.0, corpus)
+
+    def _pieces(self, tokens: np.ndarray) -> list[str]:
+        pieces = [self._strings.get(token, "") for token in tokens.tolist()]
+        if self._spaced:
+            return pieces
+        # WordPiece: a token is a word unless it says that it goes on
+        return [piece.removeprefix("##") if piece.startswith("##") else f" {piece}" for piece in pieces]
+
+    def _text(self, document: int) -> str:
+        """The beginning of a whole text."""
+        text = str(self._texts.get(document, {}).get("text", ""))
+        return _unmarked(text[:TEXT_CHARACTERS] + ("…" if len(text) > TEXT_CHARACTERS else ""))
 
 
 def quoted(text: str) -> str:

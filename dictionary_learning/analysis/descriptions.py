@@ -4,9 +4,9 @@ In: the table and the examples of an analysis, and a `ChatEndpoint`. Out: a reco
 
 The examples of a latent are parted by document: half of the documents explain, the other half judge. The model sees
 the former, strongest first and with the tokens marked on which the latent is active, and gives a description. Then it
-sees the latter, unmarked and mixed with places where other latents fire, along with its description, and says which of
-them hold the feature: detection, as in Paulo et al. (2024), "Automatically Interpreting Millions of Features in Large
-Language Models". The score is the balanced accuracy (0.5 for guessing), with a 95 % interval.
+sees the latter, unmarked and mixed with places around which the latent is silent, along with its description, and says
+which of them hold the feature: detection, as in Paulo et al. (2024), "Automatically Interpreting Millions of Features
+in Large Language Models". The score is the balanced accuracy (0.5 for guessing), with a 95 % interval.
 
 Texts of corpora are hostile: the model is told that they are data, and what it answers is cut to one printable line.
 """

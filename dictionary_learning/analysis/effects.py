@@ -224,7 +224,7 @@ def ablation_losses(
         )
     read, written = check_fit(lm, dictionary, hook_point)
     tokens_RW, real_RW, row_R = _rows(lm, tokens_FEW)
-    sums_F = torch.zeros(len(index_F), dtype=torch.float64, device=lm.device)
+    sums_F = torch.zeros(len(index_F), dtype=torch.float64)  # on the CPU: MPS has no float64
     counts_F = torch.zeros_like(sums_F)
     at_once = max(1, logits_a_forward // (max(1, tokens_RW.shape[1]) * (lm.vocab_size + dictionary.dict_size)))
     for start in range(0, len(tokens_RW), at_once):
@@ -242,10 +242,10 @@ def ablation_losses(
         where_BL = (f_BL1[:, :-1, 0] != 0) & real_BL[:, 1:]
         next_N = tokens_BL[:, 1:].to(lm.device)[where_BL]
         before_N, after_N = (_losses(logits[:, :-1][where_BL], next_N) for logits in (logits_BLV, ablated_BLV))
-        latent_N = which_B.to(lm.device)[:, None].expand(where_BL.shape)[where_BL]
-        sums_F.index_add_(0, latent_N, (after_N - before_N).double())
+        latent_N = which_B[:, None].expand(where_BL.shape)[where_BL.cpu()]
+        sums_F.index_add_(0, latent_N, (after_N - before_N).cpu().double())
         counts_F += latent_N.bincount(minlength=len(counts_F))
-    return (sums_F / torch.where(counts_F > 0, counts_F, torch.nan)).cpu().numpy()
+    return (sums_F / torch.where(counts_F > 0, counts_F, torch.nan)).numpy()
 
 
 def _rows(lm: TracedLM, tokens_FEW: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -170,14 +170,19 @@ def activation_scores(value_K: Tensor) -> Tensor:
 
 
 def random_scores(active: Active, seed: int) -> Tensor:
-    """[K] int64 in [0, 2^63), a random number of its own for each (row of the stream, latent, seed).
+    """[K] int64 in [0, 2^63), a random number of its own for each (row of the stream, latent, seed)."""
+    row_K = active.row_K + active.first_row
+    return random_keys(row_K * active.codes_NF.shape[1] + active.latent_K + 1, seed)
 
-    A generator that counts needs no state but the row: the sample is the same whatever the batches, on every device,
-    and after a resume. The mixing is that of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
-    number generators", figure 14).
+
+def random_keys(number_K: Tensor, seed: int) -> Tensor:
+    """[K] int64 in [0, 2^63), a random number of its own for each (number, seed).
+
+    A generator that counts needs no state but the number: with that of a row of the stream, a sample is the same
+    whatever the batches, on every device, and after a resume. The mixing is that of SplitMix64 (Steele, Lea and Flood
+    2014, "Fast splittable pseudorandom number generators", figure 14).
     """
-    z_K = (active.row_K + active.first_row) * active.codes_NF.shape[1] + active.latent_K + 1
-    z_K = z_K * _signed(_GOLDEN) + _signed(_mixed(seed & _MASK))
+    z_K = number_K * _signed(_GOLDEN) + _signed(_mixed(seed & _MASK))
     z_K = (z_K ^ _shifted(z_K, 30)) * _signed(0xBF58476D1CE4E5B9)
     z_K = (z_K ^ _shifted(z_K, 27)) * _signed(0x94D049BB133111EB)
     return _shifted(z_K ^ _shifted(z_K, 31), 1)

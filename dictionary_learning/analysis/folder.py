@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dictionary_learning.analysis.types import Examples, FeatureStatistics
+from dictionary_learning.analysis.types import Examples, FeatureStatistics, Probes
 from dictionary_learning.errors import UserError, did_you_mean
 from dictionary_learning.storage import atomic_file, atomic_path, finite, read_json, write_json
 
@@ -24,7 +24,7 @@ VERSION = 1
 RUNNING, COMPLETE = "running", "complete"
 INFO, VOCABULARY, TEXTS, STATE = "analysis.json", "vocabulary.json", "texts.json", "state"
 FEATURES, EXAMPLES, STATISTICS = "features.parquet", "examples.safetensors", "statistics.safetensors"
-DESCRIPTIONS = "descriptions.json"
+DESCRIPTIONS, PROBES = "descriptions.json", "probes.safetensors"
 
 # The columns of features.parquet as pyarrow calls their types; between `status` and `corpus` stand those of
 # `PER_CORPUS`, one each for every corpus, where there is more than one.
@@ -130,7 +130,17 @@ class AnalysisFolder:
         arrays, facts = self._arrays(name, STATISTICS, _ARRAYS)
         top, samples = self.examples(name)
         measured: dict[str, Any] = {field: arrays[field] for field in _ARRAYS}
-        return FeatureStatistics(**facts, **measured, top=top, samples=samples)
+        return FeatureStatistics(**facts, **measured, top=top, samples=samples, probes=self.probes(name))
+
+    def probes(self, name: str) -> Probes | None:
+        """Places at random with the latents that fire around them; None where the analysis kept none."""
+        if not (self.folder(name) / PROBES).is_file():
+            return None
+        arrays, _ = self._arrays(name, PROBES, Probes._fields)
+        probes = Probes(*(arrays[field] for field in Probes._fields))
+        if probes.fired_RF.ndim != 2 or len({array.shape[:1] for array in probes}) > 1:
+            raise UserError(f"'{self.path / name / PROBES}' is damaged: its arrays are not of one number of places.")
+        return probes
 
     def vocabulary(self) -> dict[int, str]:
         """Token id -> its string, of every token in a kept example or a logit effect; of whole texts none."""
@@ -188,6 +198,8 @@ class AnalysisFolder:
             for short, array in zip(_EXAMPLE_ARRAYS, examples, strict=True)
         }
         _write_arrays(folder / EXAMPLES, named, {})
+        if statistics.probes is not None:
+            _write_arrays(folder / PROBES, statistics.probes._asdict(), {})
         with atomic_path(folder / f"fire_rate_{name}.npy") as path, path.open("wb") as handle:
             np.save(handle, statistics.density_F)
 
@@ -267,7 +279,7 @@ _EXAMPLE_ARRAYS = [name.rpartition("_")[0] for name in Examples._fields]  # valu
 _ARRAYS = [
     field.name
     for field in dataclasses.fields(FeatureStatistics)
-    if field.name not in ("rows", "documents", "corpora", "top", "samples")
+    if field.name not in ("rows", "documents", "corpora", "top", "samples", "probes")
 ]
 
 

@@ -144,7 +144,7 @@ def _next_logits(lm: TracedLM, tokens_CL: Tensor, placed: Sequence[_Placed], pas
     the CPU."""
     new = slice(past.get_seq_length() if past is not None else 0, tokens_CL.shape[1])
     replace, _ = replacements([one._replace(mask_CL=one.mask_CL[:, new]) for one in placed])
-    return lm.logits(tokens_CL[:, new], replace=replace, past=past)[0][:, -1].double().cpu()
+    return lm.logits(tokens_CL[:, new], replace=replace, past=past)[0][:, -1].cpu().double()
 
 
 def choose(logits_CV: Tensor, draw_C: Tensor, *, temperature: float, top_p: float) -> Tensor:

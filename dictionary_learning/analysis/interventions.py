@@ -365,7 +365,7 @@ def _compared(
         changed_T=torch.stack(list(masks)).any(0)[own].numpy(),
         original=original,
         modified=modified,
-        kl_T=kl_T.double().cpu().numpy(),
+        kl_T=kl_T.cpu().double().numpy(),
         watched=[strings[token] for token in watched],
         original_Tw=watched_Tw[0],
         modified_Tw=watched_Tw[1],

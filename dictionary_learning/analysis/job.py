@@ -21,6 +21,7 @@ from typing import Any
 
 from dictionary_learning import record, storage
 from dictionary_learning.analysis.corpora import small_corpora
+from dictionary_learning.analysis.density import dense_latents
 from dictionary_learning.analysis.folder import (
     COMPLETE,
     DESCRIPTIONS,
@@ -32,10 +33,10 @@ from dictionary_learning.analysis.folder import (
     VOCABULARY,
     AnalysisFolder,
 )
-from dictionary_learning.analysis.mixed_texts import NamedCorpus, open_corpora
+from dictionary_learning.analysis.mixed_texts import MOST_LABELS, OTHERS, NamedCorpus, open_corpora
 from dictionary_learning.analysis.one_pass import Measures, OnePass
 from dictionary_learning.analysis.subjects import Subjects, load_reader, load_subjects, unit_of
-from dictionary_learning.analysis.tables import DENSE, write_dictionary
+from dictionary_learning.analysis.tables import write_dictionary
 from dictionary_learning.errors import UserError
 from dictionary_learning.untrusted import listed
 
@@ -105,6 +106,8 @@ def analyze(
     corpora = open_corpora(corpus or [subjects.config.corpus], against)
     lm = load_reader(subjects, torch_device, lm)
     header = _header(subjects, lm, corpora, len(against), measures)
+    if begun is not None and begun["status"] != COMPLETE and not storage.saved_states(folder.path / STATE):
+        overwrite = True  # it failed before anything was measured: nothing binds this one to its settings
     if begun is not None and not overwrite:
         _check_same(folder, begun, header)
         if begun["status"] == COMPLETE:
@@ -115,7 +118,7 @@ def analyze(
         if begun is None or overwrite:
             _clear(folder, begun, header)
             folder.write_info(header)
-        elif storage.saved_states(folder.path / STATE):
+        else:
             one_pass.load_state_dict(_newest_state(folder.path / STATE))
             print(f"Going on after {one_pass.rows:,} {one_pass.unit}s.")
 
@@ -157,7 +160,7 @@ def _write(
                 "l0": float(statistics.active_F.sum() / statistics.rows),
                 "alive": alive,
                 "dead": len(statistics.active_F) - alive,
-                "dense": int((statistics.density_F > DENSE).sum()),
+                "dense": len(dense_latents(statistics.density_F)),
             }
         )
         small = small_corpora(statistics) if len(statistics.corpora) > 1 and not entries[1:] else []
@@ -175,6 +178,11 @@ def _write(
                 effects=measures.effects,
                 ablate=measures.ablate,
             )
+    if OTHERS in one_pass.corpora:
+        warn(
+            f"the texts name more than {MOST_LABELS} corpora, the later ones are counted as '{OTHERS}': write "
+            "NAME=PATH to count all of a corpus under one name."
+        )
     if not any(entry["alive"] for entry in entries):
         _clear(folder, header, header)
         names = ", ".join(entry["name"] for entry in entries)
@@ -259,7 +267,11 @@ def _header(
             "max_activation_norm_multiple": config.max_activation_norm_multiple,
             "heldout_fraction": config.heldout_fraction,
             "sentence": None if config.sentence is None else dataclasses.asdict(config.sentence),
-            "corpora": [{"name": entry.name, "fingerprint": entry.corpus.fingerprint} for entry in corpora],
+            "corpora": [
+                {"name": entry.name, "fingerprint": entry.corpus.fingerprint}
+                | ({"label": entry.label} if entry.label else {})
+                for entry in corpora
+            ],
             "against": names[len(names) - against :],
         },
         "model": {**model, "name": "embedded" if config.model_name == "embedded" else model["name"]},
@@ -276,8 +288,8 @@ def _check_same(folder: AnalysisFolder, begun: dict[str, Any], header: dict[str,
     """Refuse to go on with an analysis of another kind. Raises UserError, which names what differs."""
 
     def identity(info: dict[str, Any]) -> dict[str, Any]:
-        weights = [(entry["name"], entry.get("weights")) for entry in info["dictionaries"]]
-        return {**info["settings"], "dictionaries": weights, "model": info.get("model", {}).get("weights")}
+        entries = [tuple(map(entry.get, ("name", "weights", "hook_point"))) for entry in info["dictionaries"]]
+        return {**info["settings"], "dictionaries": entries, "model": info.get("model", {}).get("weights")}
 
     before, now = identity(begun), identity(header)
     differing = [key for key in now if before.get(key) != now[key]]

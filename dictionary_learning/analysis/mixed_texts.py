@@ -15,6 +15,8 @@ from dictionary_learning.errors import UserError
 from dictionary_learning.untrusted import shown, spellable
 
 TEXT_CHARACTERS = 4000  # of a text that is kept to be shown
+MOST_LABELS = 32  # corpora told apart: statistics grow with each, and a file may name one for every text
+OTHERS = "(others)"
 
 
 class NamedCorpus(NamedTuple):
@@ -61,7 +63,8 @@ class MixedTexts(TextStream):
 
     Attributes:
         kept: {number of a document: (label, the beginning of its text)}.
-        origin: {label: number of the corpus it was first met in}.
+        origin: {label: number of the corpus it was first met in}. Of texts that name their own corpus, those of
+            further names than `MOST_LABELS` are counted under `OTHERS`.
 
     Raises:
         UserError: while iterating, where a corpus has no text, or its texts go by the name given to another corpus.
@@ -88,9 +91,7 @@ class MixedTexts(TextStream):
                 continue
             self.given[here] += 1 if self.by_text else len(text.text)
             label = self.corpora[here].label
-            text = text._replace(
-                corpus=spellable(label or text.corpus)
-            )  # it becomes a key of JSON, and a column's name
+            text = text._replace(corpus=self._counted_under(label, text))
             first = self.origin.setdefault(text.corpus, here)
             if first != here and text.corpus in (label, self.corpora[first].label):
                 raise UserError(
@@ -102,6 +103,16 @@ class MixedTexts(TextStream):
             self.documents += 1
             return text
         raise StopIteration
+
+    def _counted_under(self, label: str | None, text: Text) -> str:
+        """The label of a text, which becomes a key of JSON and a column's name: that of its corpus, or its own as long
+        as there is room beside those of corpora."""
+        if label is not None:
+            return spellable(label)
+        own = spellable(text.corpus)
+        names = {spellable(entry.label) for entry in self.corpora if entry.label is not None}
+        full = len(names | set(self.origin)) >= MOST_LABELS - 1
+        return OTHERS if full and own not in self.origin and own not in names else own
 
     def forget(self, before: int, but: Iterable[int]) -> None:
         """Drop the kept texts of documents below `before`, but for those of the given numbers."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from dictionary_learning import storage
 from dictionary_learning.activations.types import ActivationBatch, Provenance
-from dictionary_learning.analysis.mixed_texts import MixedTexts, NamedCorpus
+from dictionary_learning.analysis.mixed_texts import MOST_LABELS, MixedTexts, NamedCorpus
 from dictionary_learning.analysis.statistics import StatisticsPass, bytes_needed
 from dictionary_learning.analysis.subjects import Subjects, make_source, unit_of
 from dictionary_learning.errors import UserError
@@ -82,6 +82,7 @@ class OnePass:
             for subject in self.subjects
         }
         self.rows = self.batches = 0
+        self._needed_texts = 0  # of the texts that are kept, those that examples needed when that was last looked up
         self.done = False  # the texts are used up, or enough rows were seen
 
     @property
@@ -99,7 +100,7 @@ class OnePass:
                 top=self.measures.top,
                 samples=self.measures.samples,
                 window=window,
-                corpora=len(self.texts.corpora),
+                corpora=max(MOST_LABELS, len(self.texts.corpora) + 1),
                 coactive=self.measures.coactive,
                 l0=_number((subject.results or {}).get("l0")),
                 device=subject.dictionary.decoder_rows.device,
@@ -153,7 +154,7 @@ class OnePass:
             self.passes[subject.name].update(batch.acts[subject.reads], batch.provenance)
         self.rows += len(batch.provenance.document_N)
         self.batches += 1
-        if len(self.texts.kept) > TEXTS_HELD:
+        if len(self.texts.kept) > self._needed_texts + TEXTS_HELD:
             self._forget_texts()
 
     def finish(self, name: str) -> FeatureStatistics:
@@ -170,11 +171,13 @@ class OnePass:
         if self.texts.keep and self.rows:
             documents = next(iter(self.passes.values())).documents
             self.texts.forget(documents, self._documents())
+            self._needed_texts = len(self.texts.kept)
 
     def _documents(self) -> set[int]:
-        """Of all kept examples."""
-        kept = (self.finish(name) for name in self.passes)
-        found = np.unique(np.concatenate([e.document_FE.ravel() for s in kept for e in (s.top, s.samples)]))
+        """Of all kept examples and probes."""
+        kept = [self.finish(name) for name in self.passes]
+        probed = [s.probes.document_R for s in kept if s.probes is not None]
+        found = np.unique(np.concatenate([e.document_FE.ravel() for s in kept for e in (s.top, s.samples)] + probed))
         return set(found[found >= 0].tolist())
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,9 +5,9 @@ each latent fires, how strongly, in which documents and corpora, together with w
 
 A batch is encoded in chunks, so that the dense code matrix is bounded; each chunk's active codes are found once
 (`active.py`), and all statistics are counted from these: `quantiles.py` (histograms), `documents.py` (corpora and
-documents), `coactivation.py` (pairs) and `examples.py` (texts). No loop is over rows, latents or documents. Chunks end
-where a document or a context ends, so that windows of text are whole; a segment of more than `SEGMENT_ROWS` rows, and
-one that goes on in the next batch (no source here makes such), is cut and counts as two.
+documents), `coactivation.py` (pairs), `examples.py` and `probes.py` (texts). No loop is over rows, latents or
+documents. Chunks end where a document or a context ends, so that windows of text are whole; a segment of more than
+`SEGMENT_ROWS` rows, and one that goes on in the next batch (no source here makes such), is cut and counts as two.
 
 On the CPU everything but the encoder's rounding is the same whatever the batches; on any device a pass that was saved
 and resumed ends bit for bit as an unbroken one.
@@ -33,6 +33,7 @@ from dictionary_learning.analysis.examples import (
     random_scores,
     working_bytes_of_examples,
 )
+from dictionary_learning.analysis.probes import ProbePlaces, bytes_of_probes, working_bytes_of_probes
 from dictionary_learning.analysis.quantiles import BINS, LogHistogram
 from dictionary_learning.analysis.types import QUANTILES, FeatureStatistics
 from dictionary_learning.dictionary import Dictionary
@@ -94,6 +95,7 @@ class StatisticsPass:
         self._pairs = CoactivePairs(F, coactive, self.device)
         self._top: BestExamples | None = None
         self._samples: BestExamples | None = None
+        self._probes: ProbePlaces | None = None
 
     @property
     def documents(self) -> int:
@@ -133,6 +135,7 @@ class StatisticsPass:
             F, window = self.dictionary.dict_size, self.settings["window"] if unit == "token" else 0
             self._top = BestExamples(F, self.settings["top"], window, self.device)
             self._samples = BestExamples(F, self.settings["samples"], window, self.device)
+            self._probes = None if unit == "row" else ProbePlaces(F, unit == "text", self.device)
         elif unit != self._unit:
             raise UserError(f"The rows so far were of kind '{self._unit}', these are of kind '{unit}': use two passes.")
 
@@ -161,9 +164,10 @@ class StatisticsPass:
         self._corpora.add(active, provenance)
         self._pairs.add(active)
         if rows is not None:
-            assert self._top is not None and self._samples is not None
+            assert self._top is not None and self._samples is not None and self._probes is not None
             self._top.offer(active, activation_scores(active.value_K), one_a_segment=True)
             self._samples.offer(active, random_scores(active, self.settings["seed"]))
+            self._probes.offer(active, self.settings["seed"])
 
     @torch.no_grad()
     def finish(self, corpora: Sequence[str] = ()) -> FeatureStatistics:
@@ -205,6 +209,7 @@ class StatisticsPass:
             coactive_MM=coactive_MM.cpu().numpy(),
             top=self._top.result(),
             samples=self._samples.result(),
+            probes=None if self._probes is None else self._probes.result(),
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -221,6 +226,7 @@ class StatisticsPass:
             "pairs": self._pairs.state_dict(),
             "top": None if self._top is None else self._top.state_dict(),
             "samples": None if self._samples is None else self._samples.state_dict(),
+            "probes": None if self._probes is None else self._probes.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -240,6 +246,7 @@ class StatisticsPass:
         ):
             mine.copy_(saved)
         self.rows, self._unit, self._top, self._samples = state["rows"], None, None, None
+        self._probes = None
         self._corpora.load_state_dict(state["corpora"])
         self._pairs.load_state_dict(state["pairs"])
         if state["unit"] is not None:
@@ -247,6 +254,8 @@ class StatisticsPass:
             assert self._top is not None and self._samples is not None
             self._top.load_state_dict(state["top"])
             self._samples.load_state_dict(state["samples"])
+            if self._probes is not None:
+                self._probes.load_state_dict(state["probes"])
 
 
 def chunk_rows(dict_size: int, device: torch.device) -> int:
@@ -267,7 +276,7 @@ def bytes_needed(
 ) -> tuple[int, int]:
     """(bytes of one pass's state, bytes of working memory while a pass is updated), besides the dictionary.
 
-    At the defaults the state is 19 KiB a latent, most of it windows of text. The working memory is needed once, however
+    At the defaults the state is 20 KiB a latent, most of it windows of text. The working memory is needed once, however
     many passes take turns. `window`: 0 for sources of whole texts. `l0`: how many latents are active in a row; None:
     all of them, the worst case. `finish` takes one copy of the examples more.
     """
@@ -277,6 +286,7 @@ def bytes_needed(
         + bytes_of_pairs(dict_size, coactive)
         + bytes_of_examples(dict_size, top, window)
         + bytes_of_examples(dict_size, samples, window)
+        + bytes_of_probes(dict_size)
     )
     rows = chunk_rows(dict_size, torch.device(device))
     active = rows * (dict_size if l0 is None else min(l0, dict_size))
@@ -285,6 +295,7 @@ def bytes_needed(
         + int(120 * active)  # columns of active codes
         + working_bytes_of_pairs(dict_size, coactive, rows)
         + working_bytes_of_examples(window)
+        + working_bytes_of_probes(dict_size)
     )
     return state, working
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dictionary_learning.analysis.corpora import compare_corpora, specific_corpus
+from dictionary_learning.analysis.density import status
 from dictionary_learning.analysis.effects import (
     LogitEffects,
     ablation_losses,
@@ -25,7 +26,6 @@ from dictionary_learning.analysis.subjects import Subject
 from dictionary_learning.analysis.types import QUANTILES, FeatureStatistics
 from dictionary_learning.analysis.vocabulary import token_strings
 
-DENSE = 0.1  # a latent that fires on more than this share of rows is called dense
 NEAREST = 10  # tokens, neighbours and co-active latents listed of each latent
 ABLATED_EXAMPLES = 5  # of a latent: every so-manieth of its samples, which are ordered by activation
 
@@ -48,7 +48,8 @@ def write_dictionary(
     """
     top, samples = statistics.top, statistics.samples
     logits = _logit_effects(lm, subject) if effects else None
-    ids = [np.unique(array[array >= 0]) for array in (top.token_FEW, samples.token_FEW)]
+    kept = [top.token_FEW, samples.token_FEW] + ([] if statistics.probes is None else [statistics.probes.token_RW])
+    ids = [np.unique(array[array >= 0]) for array in kept]
     if logits is not None:
         ids += [np.unique(logits.top_tokens_Fk), np.unique(logits.bottom_tokens_Fk)]
     wanted = np.unique(np.concatenate(ids)).tolist()
@@ -92,7 +93,7 @@ def _statistics_columns(statistics: FeatureStatistics) -> dict[str, Any]:
         "std": statistics.std_F,
         "max": statistics.max_F,
         **{f"q{round(100 * q)}": statistics.quantiles_FQ[:, i] for i, q in enumerate(QUANTILES)},
-        "status": np.where(density_F == 0, "dead", np.where(density_F > DENSE, "dense", "")).astype(object),
+        "status": status(density_F).astype(object),
         "coactive": coactive,
         "coactive_jaccard": jaccard,
     }

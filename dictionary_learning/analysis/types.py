@@ -33,6 +33,19 @@ class Examples(NamedTuple):
     peak_FE: np.ndarray
 
 
+class Probes(NamedTuple):
+    """R places drawn from all rows, in the order of the stream, and which of F latents fire in the text around each.
+
+    document_R: int64. corpus_R: int16. token_RW: int32, the text, -1 outside of it; W is 0 where rows are whole texts.
+    fired_RF: bool, whether a latent fires at any of these tokens, or in the whole text.
+    """
+
+    document_R: np.ndarray
+    corpus_R: np.ndarray
+    token_RW: np.ndarray
+    fired_RF: np.ndarray
+
+
 @dataclass(frozen=True)
 class FeatureStatistics:
     """Of F latents on the rows (tokens, or whole texts) of one pass, which came from C corpora.
@@ -46,6 +59,8 @@ class FeatureStatistics:
     rate within the document, which is what tests between corpora need.
 
     coactive_M: int32, the latents whose pairs were counted. coactive_MM: int64, rows in which both fired.
+
+    probes: None where rows come from nowhere.
     """
 
     rows: int
@@ -67,6 +82,7 @@ class FeatureStatistics:
     coactive_MM: np.ndarray
     top: Examples
     samples: Examples
+    probes: Probes | None = None
 
     @property
     def density_F(self) -> np.ndarray:

@@ -25,13 +25,19 @@ def write_report(run_folder: str | Path, out: str | Path | None = None, max_mb: 
         max_mb: the most that it may take, in millions of bytes.
 
     Raises:
-        UserError: there is no run, a file of it is damaged, or the report can't be written there.
+        UserError: there is no run, a file of it is damaged, the page takes more than `max_mb` without any text, or it
+            can't be written there.
     """
     folder = Path(run_folder).expanduser()
     path = folder / FILE if out is None else Path(out).expanduser()
     if path.is_dir():
         path = path / FILE
     page = report_html(folder, max_mb)
+    size = len(page.encode()) / 1e6
+    if size > max_mb:
+        raise UserError(
+            f"Without any text of its latents the page takes {size:.2f} MB: --max_mb must be more than that."
+        )
     try:
         with atomic_file(path) as handle:
             handle.write(page)

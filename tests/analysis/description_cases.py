@@ -7,18 +7,19 @@ from pathlib import Path
 import numpy as np
 
 from dictionary_learning.analysis.folder import COLUMNS, COMPLETE, AnalysisFolder, corpus_columns
-from dictionary_learning.analysis.types import Examples, FeatureStatistics
+from dictionary_learning.analysis.types import Examples, FeatureStatistics, Probes
 
 WORDS = ["fracture", "insulin", "kidney", "asthma", "tumour", "fever"]
 FILLER = ["the", "of", "and", "patient", "with", "in"]
 LATENTS = len(WORDS) + 1  # the last is dead
 TOP, SAMPLES, WIDTH = 10, 20, 9
+PLACES = 60
 
 
 def write_analysis(path: Path, filler: list[str] = FILLER, names: tuple[str, ...] = ("trainer_0",)) -> AnalysisFolder:
     """An analysis in which latent f fires on the word f, in documents of its own, each unlike all others."""
     strings = {number: f" {word}" for number, word in enumerate([*WORDS, *filler])}
-    strings |= {1000 + number: f" n{number}" for number in range(LATENTS * SAMPLES)}
+    strings |= {1000 + number: f" n{number}" for number in range(LATENTS * SAMPLES + PLACES)}
     rng = np.random.default_rng(0)
     token = np.full((LATENTS, SAMPLES, WIDTH), -1, np.int32)
     token[:-1] = rng.integers(len(WORDS), len(WORDS) + len(filler), size=(LATENTS - 1, SAMPLES, WIDTH))
@@ -55,6 +56,7 @@ def write_analysis(path: Path, filler: list[str] = FILLER, names: tuple[str, ...
         coactive_MM=np.zeros((0, 0), np.int64),
         top=top,
         samples=samples,
+        probes=_probes(rng, len(filler)),
     )
     folder = AnalysisFolder(path)
     entries = [{"name": name} for name in names]
@@ -77,3 +79,12 @@ def write_analysis(path: Path, filler: list[str] = FILLER, names: tuple[str, ...
         folder.write_statistics(name, statistics)
         folder.write_table(name, columns, statistics.corpora)
     return folder
+
+
+def _probes(rng: np.random.Generator, filler: int) -> Probes:
+    """Texts of other documents, each unlike all others and with one of the words."""
+    token = rng.integers(len(WORDS), len(WORDS) + filler, size=(PLACES, WIDTH)).astype(np.int32)
+    token[:, 4] = np.arange(PLACES) % len(WORDS)
+    token[:, 0] = 1000 + LATENTS * SAMPLES + np.arange(PLACES)
+    fired = token[:, 4, None] == np.arange(LATENTS)
+    return Probes(1000 + np.arange(PLACES), np.zeros(PLACES, np.int16), token, fired)

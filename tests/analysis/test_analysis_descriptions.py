@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from dictionary_learning.analysis.description_prompts import JUDGED, Material
 from dictionary_learning.analysis.descriptions import detection_score, read_description, read_numbers
 from dictionary_learning.analysis.endpoint import NoAnswer
 from dictionary_learning.analysis.folder import AnalysisFolder
+from dictionary_learning.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -97,8 +99,11 @@ def test_what_explains_a_latent_does_not_judge_it(analysis: AnalysisFolder) -> N
         assert not any(WORDS[feature] in place.plain.split() for place in split.silent)
         assert material.split(feature) == split
     assert Material(analysis, "trainer_0", seed=1).split(0).silent != material.split(0).silent
-    material.samples.document_FE[1:5] = material.samples.document_FE[0]  # where latent 0 fires too
+    assert material.probes is not None
+    material.probes.fired_RF[:, 0] |= material.probes.token_RW[:, 4] != 5  # latent 0 fires beside other words, too
     assert all(WORDS[5] in place.plain for place in material.split(0).silent)
+    material.probes.fired_RF[:, 0] = True
+    assert material.split(0).silent == material.split(0).active == []
 
 
 def test_a_prompt_shows_marked_examples_the_strongest_first_corpora_and_logit_effects(analysis: AnalysisFolder) -> None:
@@ -112,13 +117,39 @@ def test_a_prompt_shows_marked_examples_the_strongest_first_corpora_and_logit_ef
     assert "active on 0.200% of all tokens" in prompt
 
 
+def test_probes_that_do_not_fit_are_refused(analysis: AnalysisFolder) -> None:
+    statistics = analysis.statistics("trainer_0")
+    assert statistics.probes is not None
+    for field, said in (("fired_RF", "don't fit its table"), ("document_R", "not of one number of places")):
+        cut = getattr(statistics.probes, field)[..., :-1]
+        damaged = dataclasses.replace(statistics, probes=statistics.probes._replace(**{field: cut}))
+        analysis.write_statistics("trainer_0", damaged)
+        with pytest.raises(UserError, match=said):
+            Material(analysis, "trainer_0")
+
+
+def test_an_analysis_without_probes_gives_descriptions_but_no_scores(
+    describe: Callable[..., int], analysis: AnalysisFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (analysis.folder("trainer_0") / "probes.safetensors").unlink()
+    assert describe() == 2 and "make it again with --overwrite, or add --no-score" in capsys.readouterr().err
+    assert describe("--no-score") == 0
+    assert all(record["score"] is None for record in analysis.descriptions("trainer_0").values())
+
+
 def test_whole_texts_are_shown_unmarked_and_cut(analysis: AnalysisFolder) -> None:
     top, samples = analysis.examples("trainer_0")
     whole = [kept._replace(token_FEW=kept.token_FEW[..., :0], act_FEW=kept.act_FEW[..., :0]) for kept in (top, samples)]
     material = Material(analysis, "trainer_0")
     material.top, material.samples = whole
-    material._texts = {at: {"corpus": "medical", "text": f"{at} " + "long " * 500} for at in range(200)}
+    assert material.probes is not None
+    material.probes = material.probes._replace(token_RW=material.probes.token_RW[:, :0])
+    material._texts = {at: {"corpus": "medical", "text": f"{at} " + "long " * 500} for at in range(1100)}
     split = material.split(0)
+    numbers = [int(place.plain.split()[0]) for place in split.silent]
+    assert len(numbers) == JUDGED and all(
+        number >= 1000 and number % len(WORDS) != 1000 % len(WORDS) for number in numbers
+    )
     assert all(len(place.plain) <= 601 and place.marked == place.plain for place in split.explain)
     assert "of all texts" in material.prompt(0, split.explain)
 
@@ -199,7 +230,7 @@ def test_a_refused_key_on_the_way_keeps_what_was_answered_and_a_second_run_finis
 
 
 def test_requests_run_beside_each_other_but_not_more_than_asked(describe: Callable[..., int], stub: ChatStub) -> None:
-    stub.delay = 0.05
+    stub.delay = 0.2
     describe("--parallel", "3", "--no-score")
     assert stub.most_at_once == 3
 

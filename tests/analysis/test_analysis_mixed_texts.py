@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from analysis_cases import SMALL, make_run, write_texts
 
 from dictionary_learning import open_corpus
 from dictionary_learning.analysis.job import analyze
-from dictionary_learning.analysis.mixed_texts import MixedTexts, open_corpora
+from dictionary_learning.analysis.mixed_texts import MOST_LABELS, OTHERS, MixedTexts, open_corpora
 from dictionary_learning.analysis.one_pass import Measures
 from dictionary_learning.corpus import TextStream
 from dictionary_learning.errors import UserError
@@ -85,6 +86,16 @@ def test_names_of_corpora_must_tell_them_apart(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="'general' is the name of a corpus and of texts in another"):
         list(MixedTexts(open_corpora([path], [f"general={path}"])))
     assert [entry.label for entry in open_corpora([path], [f"same text={path}"])] == [None, "same text"]
+
+
+def test_texts_that_each_name_a_corpus_are_no_more_than_can_be_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "urls.jsonl"
+    path.write_text("".join(json.dumps({"text": f"t{i}", "source_dataset": f"site {i}"}) + "\n" for i in range(100)))
+    named = write_texts(tmp_path / "a.jsonl", ["x"])
+    texts = list(MixedTexts(open_corpora([str(path), f"named={named}"]), by_text=True))
+    labels = Counter(text.corpus for text in texts)
+    assert len(labels) == MOST_LABELS and labels["named"] == 1 and labels[OTHERS] == 100 - (MOST_LABELS - 2)
+    assert len(texts) == 101
 
 
 def test_splits_are_those_of_the_run(run: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from analysis_cases import SMALL, files_of, make_dictionary, make_run, make_sentence_run
+from analysis_cases import SMALL, files_of, make_dictionary, make_run, make_sentence_run, write_texts
 
 from data_prep.embedded import MODEL_DIR
 from dictionary_learning.analysis import job, one_pass
@@ -128,8 +128,9 @@ def test_other_settings_are_named_and_can_replace_it(run: Path) -> None:
             against=[f"other={MODEL_DIR.parent / 'samples'}"],
             measures=Measures(**SMALL | {"tokens": 900, "window": 9}),
         )
-    with pytest.raises(UserError, match=r"other settings \(dictionaries\)"):
-        analyze(run, dictionaries=["trainer_0"], measures=Measures(**SMALL))
+    for other in ({"dictionaries": ["trainer_0"]}, {"hook_point": "resid_post_layer_1"}):
+        with pytest.raises(UserError, match=r"other settings \(dictionaries\)"):
+            analyze(run, **other, measures=Measures(**SMALL))
     folder = AnalysisFolder.open(run)
     for name in ("trainer_0", "trainer_1"):
         folder.write_descriptions(name, {3: {"description": "x"}})
@@ -140,6 +141,16 @@ def test_other_settings_are_named_and_can_replace_it(run: Path) -> None:
         analyze(run, measures=Measures(**SMALL))
     folder = analyze(run, measures=Measures(**SMALL | {"ablate": 0}), overwrite=True)
     assert folder.descriptions("trainer_0") and not folder.descriptions("trainer_1")  # of another dictionary
+
+
+def test_what_failed_before_it_measured_anything_binds_nobody(run: Path, tmp_path: Path) -> None:
+    text = write_texts(tmp_path / "a.jsonl", ["The nerve supplies the muscle."] * 3, source="medqa")
+    with pytest.raises(UserError, match="name it otherwise, as in --against other=PATH"):
+        analyze(run, against=[f"medqa={text}"], measures=Measures(**SMALL))
+    folder = analyze(run, against=[f"other={text}"], measures=Measures(**SMALL))
+    assert "other" in folder.info["corpora"]
+    with pytest.raises(UserError, match=r"other settings \(corpora\)"):  # all of it under one name
+        analyze(run, corpus=["embedded=embedded"], against=[f"other={text}"], measures=Measures(**SMALL))
 
 
 def test_damaged_states_are_said(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,23 @@ def test_texts_that_no_example_needs_are_dropped_on_the_way(
     assert files_of(analyze(sentence_run, measures=measures, overwrite=True).path) == wanted
 
 
+def test_texts_are_not_looked_up_at_every_batch_where_examples_need_more_than_are_held(
+    sentence_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    documents = one_pass.OnePass._documents
+
+    def counted(self: one_pass.OnePass) -> set[int]:
+        looked.append(self.rows)
+        return documents(self)
+
+    monkeypatch.setattr(one_pass.OnePass, "_documents", counted)
+    monkeypatch.setattr(one_pass, "TEXTS_HELD", 20)
+    folder = analyze(sentence_run, measures=Measures(**SMALL | {"tokens": None}), state_every=0)
+    assert folder.info["rows"] == len(folder.texts()) == 36  # all texts are needed
+    assert len([rows for rows in looked if rows < 36]) == 1
+
+
 def test_token_states_of_a_sentence_encoder(sentence_run: Path) -> None:
     run = json.loads((sentence_run / "run.json").read_text())
     run["config"]["sentence"]["level"] = "token"

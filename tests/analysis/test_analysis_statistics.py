@@ -19,9 +19,9 @@ from torch import Tensor
 
 from dictionary_learning import storage
 from dictionary_learning.activations.types import Provenance
-from dictionary_learning.analysis import coactivation, statistics
+from dictionary_learning.analysis import coactivation, probes, statistics
 from dictionary_learning.analysis.statistics import StatisticsPass
-from dictionary_learning.analysis.types import QUANTILES, Examples, FeatureStatistics
+from dictionary_learning.analysis.types import QUANTILES, Examples, FeatureStatistics, Probes
 from dictionary_learning.dictionary import (
     AutoEncoder,
     AutoEncoderTopK,
@@ -135,8 +135,8 @@ def assert_equal(got: FeatureStatistics, want: FeatureStatistics) -> None:
     """Bit for bit."""
     for name, value in vars(want).items():
         mine = getattr(got, name)
-        if isinstance(value, Examples):
-            for field in Examples._fields:
+        if isinstance(value, Examples | Probes):
+            for field in value._fields:
                 np.testing.assert_array_equal(getattr(mine, field), getattr(value, field), f"{name}.{field}")
         else:
             np.testing.assert_array_equal(mine, value, name)
@@ -270,12 +270,38 @@ def test_samples_are_rows_in_which_the_latent_fires_with_their_text(dictionary: 
             assert got.act_FEW[f, e, got.peak_FE[f, e]] == got.value_FE[f, e] > 0
 
 
+@pytest.mark.parametrize("places", [7, 1000])
+def test_probes_are_rows_at_random_with_what_fires_around_them(
+    dictionary: Dictionary, chunks: None, places: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "PLACES", places)
+    data = stream()
+    codes_NF = by_hand(dictionary, data)["codes"]
+    document_N, _, token_N, corpus_N, context_N = (column.numpy() for column in data.provenance)
+    wanted = []
+    for row, (document, context) in enumerate(zip(document_N, context_N, strict=True)):
+        segment = np.flatnonzero((document_N == document) & (context_N == context))
+        begin = max(min(row - probes.BEFORE, segment[-1] + 1 - probes.WIDTH), segment[0])
+        inside = slice(begin, min(begin + probes.WIDTH, segment[-1] + 1))
+        text = token_N[inside].tolist() + [-1] * (probes.WIDTH - len(token_N[inside]))
+        fired = (codes_NF[inside] != 0).any(0).tolist()
+        wanted.append((int(document), int(corpus_N[row]), text, fired))
+    drawn = []
+    for seed in range(3):
+        found = run(dictionary, every(2, data), seed=seed).probes
+        assert found is not None
+        got = list(zip(*(column.tolist() for column in found), strict=True))
+        assert len(got) == min(places, len(wanted)) and all(one in wanted for one in got)
+        drawn.append(got)
+    assert (drawn[0] == drawn[1] == drawn[2] == wanted) if places > len(wanted) else (drawn[0] != drawn[1])
+
+
 @given(st.lists(st.integers(0, 380), max_size=6), st.integers(0, 3))
 def test_counts_samples_and_sums_do_not_depend_on_where_batches_end(places: list[int], seed: int) -> None:
     dictionary, data = DICTIONARIES["jumprelu"](), stream(seed=seed)
     whole, parts = (run(dictionary, data.cut(*cuts), seed=seed) for cuts in ([], sorted(places)))
     for name, value in vars(whole).items():
-        if not isinstance(value, Examples):
+        if not isinstance(value, Examples | Probes):
             np.testing.assert_array_equal(getattr(parts, name), value, name)
     for field in ("value_FE", "document_FE", "position_FE", "corpus_FE"):
         np.testing.assert_array_equal(getattr(parts.samples, field), getattr(whole.samples, field))
@@ -288,7 +314,7 @@ def test_a_stretch_of_text_that_no_chunk_holds_is_cut_and_counted_the_same(monke
     monkeypatch.setattr(statistics, "SEGMENT_ROWS", 5)
     parts = run(dictionary, data.cut())
     for name, value in vars(whole).items():
-        if not isinstance(value, Examples):
+        if not isinstance(value, Examples | Probes):
             np.testing.assert_array_equal(getattr(parts, name), value, name)
     np.testing.assert_array_equal(parts.top.value_FE[:, 0], whole.top.value_FE[:, 0])
     assert ((parts.top.token_FEW >= 0).sum(axis=2) <= 5).all()
@@ -340,6 +366,8 @@ def test_rows_of_whole_texts_have_no_windows() -> None:
     np.testing.assert_array_equal(got.documents_F, got.active_F)
     np.testing.assert_array_equal(got.rate_sum_CF, got.active_CF)
     np.testing.assert_array_equal(got.active_F, (codes_NF != 0).sum(0))
+    assert got.probes is not None and got.probes.token_RW.shape == (len(data.x_ND), 0)
+    np.testing.assert_array_equal(got.probes.fired_RF, codes_NF != 0)
     for f in np.flatnonzero(got.active_F >= TOP):
         np.testing.assert_array_equal(got.top.document_FE[f], np.argsort(-codes_NF[:, f], kind="stable")[:TOP])
 

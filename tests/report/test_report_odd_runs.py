@@ -147,6 +147,9 @@ def test_folders_without_a_run_are_refused(tmp_path: Path, run: Path) -> None:
             write_report(folder)
     with pytest.raises(UserError, match="max_mb must be positive"):
         write_report(run, max_mb=0)
+    with pytest.raises(UserError, match=r"takes 0\.\d\d MB: --max_mb must be more"):
+        write_report(run, max_mb=0.01)
+    assert not (run / "report.html").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="give another --out"):
         write_report(run, tmp_path / "file" / "report.html")
