@@ -33,25 +33,10 @@ from torch import Tensor
 from dictionary_learning.activations.types import ActivationBatch, ActivationSource, Launched, Provenance
 from dictionary_learning.errors import UserError
 from dictionary_learning.read_ahead import ReadAhead
-from dictionary_learning.slots import Slots
+from dictionary_learning.slots import Slots, check_capacity
 from dictionary_learning.streams import side_stream, to_device
 
 IO: dict[str, tuple[Literal["in", "out"], ...]] = {"in": ("in",), "out": ("out",), "in_and_out": ("in", "out")}
-
-
-def check_capacity(n_ctxs: int, ctx_len: int, max_rows: int, out_batch_size: int) -> None:
-    """See that a buffer of `n_ctxs` contexts can hold one forward of `max_rows` rows beside one batch.
-
-    Raises:
-        UserError: it can't; says how large it must be.
-    """
-    smallest = max_rows + out_batch_size
-    if n_ctxs * ctx_len < smallest:
-        raise UserError(
-            f"The buffer is too small: n_ctxs {n_ctxs:,} x ctx_len {ctx_len} = {n_ctxs * ctx_len:,} rows must hold one "
-            f"forward ({max_rows:,} rows) and one batch ({out_batch_size:,}); set n_ctxs to at least "
-            f"{-(-smallest // ctx_len):,} or make the batches smaller."
-        )
 
 
 class ActivationBuffer:

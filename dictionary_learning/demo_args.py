@@ -51,6 +51,7 @@ class DemoArgs:
     widths: tuple[int, ...] | None = None
     """Latents of a dictionary."""
     seeds: tuple[int, ...] | None = None
+    """Of the initial weights; every dictionary of the sweep is trained once with each."""
     learning_rates: tuple[float, ...] | None = None
     """Peak learning rates; left out, a rule fits it to width and length."""
     num_tokens: int | None = None
@@ -86,7 +87,9 @@ class DemoArgs:
     use_wandb: bool = False
     """Log each dictionary as a run of Weights & Biases (WANDB_MODE=offline works without a network)."""
     wandb_project: str = "sae-factory"
+    """Project of Weights & Biases."""
     wandb_entity: str = ""
+    """User or team there (default: your own)."""
     report: bool = True
     """Analyse the dictionaries worth reading (of each architecture the sparsest that is hardly worse than its best),
     and make report.html."""

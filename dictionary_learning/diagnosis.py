@@ -151,7 +151,8 @@ def devices() -> Iterator[Finding]:
     flags = cpu_flags()
     fast = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     threads = torch.get_num_threads()
-    found = f"{_cpu_name()}, {cores} cores, {threads} threads" + (f", {', '.join(fast)}" if fast else "")
+    of_torch = f"torch uses {threads} thread{'' if threads == 1 else 's'}"
+    found = ", ".join([_cpu_name(), f"{cores} cores", of_torch, *fast])
     if threads > cores:
         yield Finding(group, "CPU", "warn", found, f"set OMP_NUM_THREADS={cores}: more threads than cores slow it down")
     else:

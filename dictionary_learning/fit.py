@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from dictionary_learning import storage
-from dictionary_learning.errors import INTERRUPTED_EXIT, UserError, exit_code
+from dictionary_learning.errors import UserError, exit_code
 from dictionary_learning.sae_config import SAEConfig, load_sae_config
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ IN_MEMORY_MB = 4096  # of activations: more are read from their files
 BUFFER_MB = 512  # of the buffer that mixes those
 MOST_HELDOUT_ROWS = 100_000  # that are measured on, where the activations are not in memory
 LOOKS = 20  # at the held-out loss in a run whose config doesn't say eval_steps
-INCOMPLETE_EXIT, TERMINATED_EXIT = 3, 143
+INCOMPLETE_EXIT = 3
 
 
 @dataclass
@@ -86,6 +86,8 @@ def fit(
     from dictionary_learning.device_guard import device_guard
     from dictionary_learning.devices import resolve_device
     from dictionary_learning.heldout import HeldOut
+    from dictionary_learning.record import kept_state
+    from dictionary_learning.stopping import EXIT_CODES
     from dictionary_learning.tracking import ProgressSink
     from dictionary_learning.training import TrainingRun
 
@@ -121,19 +123,16 @@ def fit(
         step, state = storage.load_newest_state(save_dir / "state")
         run.load_state_dict(state)
         print(f"Resuming at step {step:,} of {steps:,}.")
-    began_at = run.step
     print(
         f"{config.input_dims} -> {config.n_features} latents on {torch_device}: {steps:,} steps of {config.batch_size} "
         f"rows, {rows:,} to train on, {len(heldout):,} held out."
     )
     run.run()
-    if run.stopped in ("SIGINT", "SIGTERM"):
+    if run.stopped in EXIT_CODES:
         run.tracker.close()
         storage.write_json(save_dir / "run.json", facts | {"status": f"stopped: {run.stopped}"})
-        print(f"Stopped by {run.stopped} after step {run.step:,}; its state is saved. Add --resume to go on.")
-        return INTERRUPTED_EXIT if run.stopped == "SIGINT" else TERMINATED_EXIT
-    if began_at < run.step == run.steps:
-        run.save_state()
+        print(f"Stopped by {run.stopped} after step {run.step:,}; {kept_state(run)}. Add --resume to go on.")
+        return EXIT_CODES[run.stopped]
     _finish(run, watch, heldout, save_dir)
     run.tracker.close()
     status = f"stopped: {run.stopped}" if run.stopped else "complete"
@@ -254,17 +253,21 @@ def _finish(run: TrainingRun, watch: Any, heldout: Tensor, save_dir: Path) -> No
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, 2 for what the user can mend (one sentence), 3 for an incomplete run, 130 or 143 when stopped."""
     args = tyro.cli(FitArgs, args=argv, use_underscores=True, prog="sae-factory fit")
-    return exit_code(
-        lambda: fit(
-            load_sae_config(args.config),
-            args.activations,
-            args.save_dir or Path("runs") / args.config.stem,
-            hook_point=args.hook_point,
-            device=args.device,
-            drop_non_finite=args.drop_non_finite,
-            max_temperature=args.max_temperature,
-            resume_temperature=args.resume_temperature,
-            resume=args.resume,
-            overwrite=args.overwrite,
-        )
-    )
+    save_dir = args.save_dir or Path("runs") / args.config.stem
+
+    def job() -> int:
+        with storage.disk_faults_said(save_dir):
+            return fit(
+                load_sae_config(args.config),
+                args.activations,
+                save_dir,
+                hook_point=args.hook_point,
+                device=args.device,
+                drop_non_finite=args.drop_non_finite,
+                max_temperature=args.max_temperature,
+                resume_temperature=args.resume_temperature,
+                resume=args.resume,
+                overwrite=args.overwrite,
+            )
+
+    return exit_code(job)

@@ -13,13 +13,13 @@ import torch
 from dictionary_learning.activations.language_model import TracedLM
 from dictionary_learning.activations.sentence_encoder import SentenceEncoder
 from dictionary_learning.activations.types import ActivationSource
-from dictionary_learning.buffer import check_capacity
 from dictionary_learning.config import DictionarySpec, RunConfig
 from dictionary_learning.distributed.ranks import Ranks
 from dictionary_learning.distributed.sharded import sharded_trainer_class
 from dictionary_learning.errors import UserError, did_you_mean
 from dictionary_learning.resume import carried_settings
 from dictionary_learning.sentence_run import KEEP_MB
+from dictionary_learning.slots import check_capacity
 from dictionary_learning.trainers import trainer_class
 
 OF_THE_RUN = {  # arguments of a trainer that `settings` can't hold

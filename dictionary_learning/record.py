@@ -143,5 +143,9 @@ def resume_command() -> str:
     """The command line that goes on with this run."""
     dropped = ("--overwrite", "--no-overwrite", "--resume", "--override", "--no-override")
     given = [argument for argument in sys.argv if argument not in dropped]
-    start = [*job.launcher(), given[0]] if given[0].endswith(".py") else [given[0]]
+    start = [given[0]]
+    if given[0].endswith("__main__.py"):
+        start = [*job.launcher(), "-m", "dictionary_learning"]
+    elif given[0].endswith(".py"):
+        start = [*job.launcher(), given[0]]
     return shlex.join([*start, *given[1:], "--resume"])

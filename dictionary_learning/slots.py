@@ -13,6 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dictionary_learning.errors import UserError
+
+
+def check_capacity(n_ctxs: int, ctx_len: int, max_rows: int, out_batch_size: int) -> None:
+    """See that a buffer of `n_ctxs` contexts can hold one forward of `max_rows` rows beside one batch.
+
+    Raises:
+        UserError: it can't; says how large it must be.
+    """
+    smallest = max_rows + out_batch_size
+    if n_ctxs * ctx_len < smallest:
+        raise UserError(
+            f"The buffer is too small: n_ctxs {n_ctxs:,} x ctx_len {ctx_len} = {n_ctxs * ctx_len:,} rows must hold one "
+            f"forward ({max_rows:,} rows) and one batch ({out_batch_size:,}); set n_ctxs to at least "
+            f"{-(-smallest // ctx_len):,} or make the batches smaller."
+        )
+
 
 class Slots:
     """The slots 0 .. capacity - 1, of which `n_live` are filled.

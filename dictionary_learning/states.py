@@ -91,8 +91,8 @@ class StateWriter:
         copied, arrived = self._copy(tree())
 
         def write() -> None:
-            if arrived is not None:
-                arrived.synchronize()
+            for event in arrived:
+                event.synchronize()
             try:
                 storage.save_state(self.folder, step, copied)
             except OSError as error:
@@ -126,14 +126,14 @@ class StateWriter:
         self._thread = threading.Thread(target=guarded, name="states", daemon=True)
         self._thread.start()
 
-    def _copy(self, tree: Any) -> tuple[Any, Any]:
-        """The tree with every tensor in host memory, and a CUDA event behind the copies (None without CUDA)."""
-        device: torch.device | None = None
+    def _copy(self, tree: Any) -> tuple[Any, list[Any]]:
+        """The tree with every tensor in host memory, and an event behind the copies of each GPU that has some."""
+        devices: set[torch.device] = set()
 
         def copied(value: Any, path: str) -> Any:
-            nonlocal device
             if isinstance(value, Tensor):
-                device = value.device if value.is_cuda else device
+                if value.is_cuda:
+                    devices.add(value.device)
                 kept = self._memory.get(path)
                 if kept is None or (kept.shape, kept.dtype) != (value.shape, value.dtype):
                     kept = _host_memory(value.shape, value.dtype, value.is_cuda)
@@ -147,7 +147,7 @@ class StateWriter:
             return value
 
         result = copied(tree, "")
-        return result, None if device is None else torch.cuda.current_stream(device).record_event()
+        return result, [torch.cuda.current_stream(device).record_event() for device in devices]
 
 
 def _tensors(tree: Any, path: str = "") -> list[tuple[str, Tensor]]:

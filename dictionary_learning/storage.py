@@ -276,7 +276,7 @@ def prepare_run_folder(folder: Path, *, resume: bool, overwrite: bool, bytes_nee
     if overwrite and not resume:
         for name in ("metrics.jsonl", "summary.csv", "report.html", "run.json", "wandb.json"):
             (folder / name).unlink(missing_ok=True)
-        for old in [folder / "state", *folder.glob("trainer_*")]:
+        for old in [folder / "state", folder / "analysis", *folder.glob("trainer_*")]:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -298,13 +298,15 @@ def disk_faults_said(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         of_disks = error.errno in (*FULL, errno.EROFS, errno.EIO, errno.ESTALE)
-        here = os.fspath(error.filename or "").startswith(os.fspath(folder))
+        named = error.filename if isinstance(error.filename, str) else None  # temporary files by their whole path
+        here = named is not None and Path(named).absolute().is_relative_to(folder.absolute())
         if not of_disks and not (here and error.errno in (errno.EACCES, errno.EPERM, errno.ENOENT)):
             raise
         states = saved_states(folder / "state")
         kept = f"the state of step {int(states[0].name[5:]):,} is kept" if states else "no state was saved yet"
         remedy = "free some space" if error.errno in FULL else "make it writable again"
+        where = folder if here or named is None else named
         raise UserError(
-            f"'{folder}' can't be written ({error.strerror or error}): {remedy} and go on with the same command and "
+            f"'{where}' can't be written ({error.strerror or error}): {remedy} and go on with the same command and "
             f"--resume; {kept}."
         ) from error

@@ -148,6 +148,8 @@ class TrainingRun:
                         self._reserve()
                 self._training = False
                 self._put_down()
+                # A signal that came meanwhile ends the run too: whoever sent it does not wait for an evaluation.
+                self.stopped = self.ranks.agreed(self._request.reason) or self.stopped
             failed = False
         except KeyboardInterrupt:
             at_once = True

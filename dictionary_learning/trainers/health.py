@@ -42,6 +42,11 @@ class Health:
         self._sums_2[1].add_(square.to(self._sums_2), alpha=0)
         return torch.ne(self._sums_2.sum(), 0, out=self._refused)
 
+    @property
+    def refusing(self) -> bool:
+        """Whether the last step was refused. Waits for the device."""
+        return bool(self._refused)
+
     def look(self, step: int, moved: bool | None, steps_taken: Callable[[], int]) -> bool:
         """Whether the dictionary is known to have ended.
 

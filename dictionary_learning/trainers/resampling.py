@@ -42,7 +42,8 @@ class Resampling(SAETrainer):
         self.steps_since_active.masked_fill_(out.fired_F, 0)
         # Not where fewer steps are left than the new ones need to warm up: they would be worse than none.
         left = self.steps - 1 - step
-        if step % self.resample_steps == self.resample_steps - 1 and left > self.warmup_steps:
+        due = step % self.resample_steps == self.resample_steps - 1 and left > self.warmup_steps
+        if due and not self._optimizer.health.refusing:  # on CUDA, where that is not known yet otherwise
             self.resample_neurons(self.steps_since_active > self.resample_steps / 2, x_BD, y_BD)
 
     @torch.no_grad()

@@ -15,9 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dictionary_learning import record
 from dictionary_learning.config import DictionarySpec, RunConfig, SentenceSettings
 from dictionary_learning.distributed import Ranks, job, join, rank_exit_code
-from dictionary_learning.distributed.ranks import rank_device
+from dictionary_learning.distributed.ranks import OfAllRanks, rank_device
 from dictionary_learning.distributed.sharded import sharded_trainer_class
 from dictionary_learning.distributed.spread import SLACK, spread, step_cost
 from dictionary_learning.errors import UserError
@@ -132,6 +133,9 @@ def test_each_rank_takes_the_gpu_of_its_number(monkeypatch: pytest.MonkeyPatch) 
     assert rank_device("cpu", 7) == torch.device("cpu")
     with pytest.raises(UserError, match="more ranks than the 2 GPUs.*--nproc_per_node 2"):
         rank_device("cuda", 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # the first rank refuses it as the third does, and says so
+    with pytest.raises(UserError, match="more ranks than the 2 GPUs"):
+        rank_device("cuda", 0)
     with pytest.raises(UserError, match="every rank on one GPU"):
         rank_device("cuda:1", 0)
 
@@ -157,6 +161,37 @@ def test_only_the_first_rank_speaks(
     assert (printed.err == "Error: The corpus is empty.\n") is heard
 
 
+@pytest.mark.parametrize(
+    ("met", "local_rank", "error", "heard"),
+    [
+        (True, "1", UserError("The memory of cuda:1 does not suffice."), True),  # rank 0 only sees that rank 1 is gone
+        (True, "1", OfAllRanks("The corpus is empty."), False),
+        (False, "0", UserError("This machine has no GPU."), True),  # another machine than that of rank 0
+        (False, "1", UserError("This machine has no GPU."), False),
+    ],
+)
+def test_what_the_first_rank_can_not_know_another_rank_says(
+    environment: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    met: bool,
+    local_rank: str,
+    error: UserError,
+    heard: bool,
+) -> None:
+    def refuse() -> int:
+        print("a plan")
+        raise error
+
+    environment.setenv("RANK", "1")
+    environment.setenv("LOCAL_RANK", local_rank)
+    environment.setattr("torch.distributed.is_initialized", lambda: met)
+    environment.setattr("torch.distributed.get_backend", lambda: "nccl")
+    assert rank_exit_code(refuse) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == (f"Error: On rank 1: {error}\n" if heard else "")
+
+
 def test_a_bug_keeps_its_traceback_on_any_rank(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("RANK", "1")
     streams: list[Any] = [sys.stdout, sys.stderr]
@@ -174,8 +209,13 @@ def test_the_command_that_goes_on_starts_as_many_ranks(environment: pytest.Monke
     assert job.launcher() == ["torchrun", "--standalone", "--nproc_per_node", "2"]
     environment.setenv("WORLD_SIZE", "4")
     assert job.launcher() == ["torchrun", "..."]
+    environment.setattr(
+        sys, "argv", ["/here/dictionary_learning/__main__.py", "train", "--save_dir", "a b", "--override"]
+    )
+    assert record.resume_command() == "torchrun ... -m dictionary_learning train --save_dir 'a b' --resume"
     environment.delenv("WORLD_SIZE")
     assert job.launcher() == ["python"]
+    assert record.resume_command() == "python -m dictionary_learning train --save_dir 'a b' --resume"
 
 
 def test_a_rank_that_torchrun_started_again_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ def test_a_disk_that_refuses_states_costs_states_and_not_the_run(
         run.states.finish()
         disk.parts = ()
 
-    run.callbacks = [at_step(7, breaks), at_step(18, mends)]
+    waits = at_step(12, lambda run: run.states.finish())  # so that on a busy machine too the next state is that of 15
+    run.callbacks = [at_step(7, breaks), waits, at_step(18, mends)]
     run.run()
     unbroken = TrainingRun(stream(), [trainer()], STEPS)
     unbroken.run()
@@ -146,6 +147,27 @@ def test_a_disk_that_refuses_the_dictionaries_ends_in_a_sentence_and_resume_fini
     assert job("run", "--resume") == 0
     for file in ("trainer_0/ae.safetensors", "trainer_0/eval_results.json", "metrics.jsonl"):
         assert Path("run", file).read_bytes() == Path("unbroken", file).read_bytes(), file
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_a_folder_that_no_longer_lets_write_ends_in_a_sentence(
+    number: int, disk: FailingDisk, job: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The save_dir is given relative to the working folder, the system names files by their whole path."""
+    with disk.refusing("ae.safetensors", number=number):
+        assert job("run") == 2
+    err = capsys.readouterr().err
+    assert "Error: 'run' can't be written" in err and "make it writable again" in err and "Traceback" not in err
+
+
+def test_a_full_disk_elsewhere_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'/elsewhere/hub/model' can't be written .No space left"):
+        with storage.disk_faults_said(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device", "/elsewhere/hub/model")
+    with pytest.raises(FileNotFoundError), storage.disk_faults_said(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path) + "-other/file")
+    with pytest.raises(PermissionError), storage.disk_faults_said(tmp_path):
+        raise PermissionError(errno.EPERM, "Operation not permitted", 7)  # a descriptor in place of a path
 
 
 def test_a_broken_writer_is_no_silent_one(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -89,27 +91,27 @@ def test_without_clipping_a_bad_gradient_is_found_too() -> None:
     assert all(value.isfinite().all() for value in weights(run, 0).values())
 
 
+class Fused:
+    """What the kernels of CUDA compute, in torch: the optimiser refuses on the device, and the host asks every so many
+    steps."""
+
+    @staticmethod
+    def gradient_squares(W_FD: Tensor, grad_FD: Tensor, project: bool) -> Tensor:
+        along = (W_FD * grad_FD).sum(1, keepdim=True) * W_FD if project else 0.0
+        return (grad_FD - along).square().sum()
+
+    @staticmethod
+    def adam_step(W_FD: Tensor, grad: Tensor, m: Tensor, v: Tensor, *, step: Tensor, lr: Tensor, scale: Tensor,
+                  project: bool) -> None:  # fmt: skip
+        grad = (grad - (W_FD * grad).sum(1, keepdim=True) * W_FD if project else grad) * scale
+        m.mul_(0.9).add_(grad, alpha=0.1)
+        v.mul_(0.999).addcmul_(grad, grad, value=0.001)
+        W_FD.sub_(lr.float() / (1 - 0.9**step) * m / ((v / (1 - 0.999**step)).sqrt() + 1e-8))
+        if project:
+            W_FD.div_(W_FD.norm(dim=1, keepdim=True))
+
+
 def test_where_only_the_device_knows_the_weights_stay_good_until_it_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA: the fused optimiser refuses on the device, and the host asks every so many steps."""
-
-    class Fused:
-        """What the kernels compute, in torch."""
-
-        @staticmethod
-        def gradient_squares(W_FD: Tensor, grad_FD: Tensor, project: bool) -> Tensor:
-            along = (W_FD * grad_FD).sum(1, keepdim=True) * W_FD if project else 0.0
-            return (grad_FD - along).square().sum()
-
-        @staticmethod
-        def adam_step(W_FD: Tensor, grad: Tensor, m: Tensor, v: Tensor, *, step: Tensor, lr: Tensor, scale: Tensor,
-                      project: bool) -> None:  # fmt: skip
-            grad = (grad - (W_FD * grad).sum(1, keepdim=True) * W_FD if project else grad) * scale
-            m.mul_(0.9).add_(grad, alpha=0.1)
-            v.mul_(0.999).addcmul_(grad, grad, value=0.001)
-            W_FD.sub_(lr.float() / (1 - 0.9**step) * m / ((v / (1 - 0.999**step)).sqrt() + 1e-8))
-            if project:
-                W_FD.div_(W_FD.norm(dim=1, keepdim=True))
-
     monkeypatch.setattr("dictionary_learning.trainers.optimizer.fused_adam_for", lambda device: Fused)
     steps, good = 48, {}
     broken, other = break_loss(trainer(steps=steps), float("nan")), trainer(steps=steps, seed=1)
@@ -124,6 +126,19 @@ def test_where_only_the_device_knows_the_weights_stay_good_until_it_is_noticed(m
         if name != "threshold":
             torch.testing.assert_close(value, good[name], rtol=1e-6, atol=1e-7)
     assert run.step == steps and weights(run, 1)["decoder.weight"].isfinite().all()
+
+
+def test_a_dictionary_that_refuses_steps_is_not_resampled_before_that_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("dictionary_learning.trainers.optimizer.fused_adam_for", lambda device: Fused)
+    steps, resampled = 48, []
+    pair = [trainer("standard", steps=steps, seed=seed, resample_steps=BAD + 1, warmup_steps=2) for seed in (0, 1)]
+    for number, one in enumerate(pair):
+        monkeypatch.setattr(one, "resample_neurons", lambda *_, number=number: resampled.append(number))
+    break_loss(pair[0], float("nan"))
+    TrainingRun(stream(B * steps + 400), pair, steps).run()
+    assert resampled == [1, 1, 1, 1]
 
 
 def test_a_stopped_dictionary_stays_stopped_over_a_resume(tmp_path: Path) -> None:
@@ -223,6 +238,38 @@ def test_a_forward_that_does_not_fit_is_halved_and_gives_the_same_rows(
     del lm.most_contexts
 
 
+def test_memory_that_runs_out_inside_of_the_model_leaves_nothing_behind(
+    lm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No hook, no lock, no activation of the forward that failed: its memory must be free for the next one."""
+    monkeypatch.setattr(type(lm), "most_contexts", None)
+    tokens = torch.randint(0, 200, (13, 8), generator=torch.Generator().manual_seed(0))
+    whole = lm.capture(tokens, "resid_post_layer_1")["resid_post_layer_1"]
+    seen: list[weakref.ref[Tensor]] = []
+
+    def run_out(module: Any, inputs: Any) -> None:
+        seen.append(weakref.ref(inputs[0]))
+        if len(inputs[0]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    left: list[int] = []
+    monkeypatch.setattr(
+        "dictionary_learning.activations.fitting.log.warning",
+        lambda *_: left.append(sum(r() is not None for r in seen)),
+    )
+    handle = lm.module.get_submodule("transformer.h.1.mlp").register_forward_pre_hook(run_out)
+    try:
+        gc.disable()
+        parts = lm.capture(tokens, "resid_post_layer_1")["resid_post_layer_1"]
+    finally:
+        gc.enable()
+        handle.remove()
+    torch.testing.assert_close(parts, whole)
+    assert left == [0, 0] and not lm._lock._is_owned()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.module.modules())
+    del lm.most_contexts
+
+
 def test_a_context_that_does_not_fit_alone_says_what_to_lower(
     lm: Any, monkeypatch: pytest.MonkeyPatch, job: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,6 +288,26 @@ def test_another_error_of_the_forward_is_not_taken_for_one_of_memory(lm: Any, mo
     monkeypatch.setattr(TracedLM, "capture", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         lm.capture(torch.zeros(2, 4, dtype=torch.long), "resid_post_layer_0")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    ],
+)
+def test_a_buffer_that_does_not_fit_says_what_to_lower(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, job: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("dictionary_learning.demo.make_buffer", too_large)
+    assert job("run") == 2
+    err = capsys.readouterr().err
+    assert "does not suffice for this run: set buffer_contexts to 32 or batch_size to 128" in err
+    assert "Traceback" not in err and not Path("run").exists()
 
 
 def test_a_step_that_does_not_fit_says_which_setting_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:

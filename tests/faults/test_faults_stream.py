@@ -251,6 +251,29 @@ def test_a_signal_saves_a_state_and_prints_how_to_go_on(
     same_files()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_the_last_state_is_written_ends_the_run_before_the_evaluation(
+    number: int, code: int, job: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dictionary_learning import storage
+
+    assert job("unbroken") == 0
+    true_save = storage.save_state
+
+    def save_state(folder: Path, step: int, tree: Any) -> Path:
+        if step == 20:
+            os.kill(os.getpid(), number)
+        return true_save(folder, step, tree)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "save_state", save_state)
+        assert job("run") == code
+    assert f"Stopped by {signal.Signals(number).name} after step 20; its state is saved" in said(capsys)[0]
+    assert not Path("run/summary.csv").exists() and Path("run/trainer_0/ae.safetensors").exists()
+    assert job("run", "--resume") == 0
+    same_files()
+
+
 def test_sigterm_in_the_evaluation_prints_how_to_go_on(
     job: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
