@@ -92,7 +92,10 @@ def run_command(args: EvaluateArgs) -> int:
             if subject.results is None:
                 raise UserError(f"{subject.name} has no eval_results.json to compare with: leave out --verify.")
     tokens = args.tokens or subjects.config.eval_tokens
-    split = args.split or ("heldout" if args.corpus in (None, subjects.config.corpus) else "all")
+    own = _is_own(args.corpus, subjects)
+    if args.verify and not own:
+        raise UserError(f"'{args.corpus}' is not the text of the run, whose metrics --verify compares: leave one out.")
+    split = args.split or ("heldout" if own else "all")
     config = replace(subjects.config, corpus=args.corpus or subjects.config.corpus, eval_tokens=tokens)
     lm = load_reader(subjects, device)
     results = _measure(replace(subjects, config=config), lm, split)
@@ -119,6 +122,17 @@ def run_command(args: EvaluateArgs) -> int:
             ) from error
         print(f"Written to {args.out}.")
     return _verify(subjects.dictionaries, rows) if args.verify else 0
+
+
+def _is_own(corpus: str | None, subjects: Subjects) -> bool:
+    """Whether a corpus is the one that the dictionaries were trained on, wherever it lies."""
+    from dictionary_learning.corpus import open_corpus
+
+    if corpus in (None, subjects.config.corpus):
+        return True
+    if subjects.run is None:
+        return False
+    return open_corpus(corpus).fingerprint == storage.read_json(subjects.run / "run.json").get("corpus_fingerprint")
 
 
 def _measure(subjects: Subjects, lm: Any, split: str) -> list[EvalResult]:

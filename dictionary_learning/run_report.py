@@ -20,6 +20,12 @@ log = logging.getLogger("dictionary_learning")
 TOKENS_AN_EVAL_TOKEN = 4  # the analysis reads more than the evaluation: rare latents need it
 
 
+def again(save_dir: Path) -> str:
+    """The command line that makes analysis and report of a run."""
+    folder = shlex.quote(str(save_dir))
+    return f"sae-factory analyze {folder} && sae-factory report {folder}"
+
+
 def report_run(config: RunConfig, save_dir: Path, lm: Any, device: str) -> None:
     """Analyse the run's dictionaries that are worth reading (`summary.worth_reading`) and write its report."""
     from dictionary_learning.analysis.job import Stopped, analyze
@@ -28,7 +34,6 @@ def report_run(config: RunConfig, save_dir: Path, lm: Any, device: str) -> None:
     from dictionary_learning.summary import read_summary, worth_reading
 
     folder = shlex.quote(str(save_dir))
-    again = f"sae-factory analyze {folder} && sae-factory report {folder}"
     try:
         names = sorted(row["trainer"] for row in worth_reading(read_summary(save_dir / "summary.csv")))
         print(f"Analysing {', '.join(names)} for the report (all of them: sae-factory analyze {folder} --overwrite).")
@@ -42,12 +47,12 @@ def report_run(config: RunConfig, save_dir: Path, lm: Any, device: str) -> None:
             lm=lm,
         )
     except (Stopped, KeyboardInterrupt):
-        print(f"Stopped in the analysis; the run is complete. Its report can be made with: {again}")
+        print(f"Stopped in the analysis; the run is complete. Its report can be made with: {again(save_dir)}")
         return
     except UserError as error:
         log.warning("The run was not analysed: %s", error)
     except Exception as error:  # a report must not make a finished run a failed one
-        log.warning("The run was not analysed (%s: %s); again with: %s", type(error).__name__, error, again)
+        log.warning("The run was not analysed (%s: %s); again with: %s", type(error).__name__, error, again(save_dir))
     try:
         print(f"The report: {write_report(save_dir)}")
     except Exception as error:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from analysis_cases import K, make_dictionary, make_run, write_texts
 
+from data_prep.embedded import SAMPLES_DIR
 from dictionary_learning import demo, load_dictionary, open_corpus
 from dictionary_learning.config import load_config
 from dictionary_learning.evaluate_command import main
@@ -65,6 +66,19 @@ def test_it_finds_what_is_not_as_stored(run: Path, capsys: pytest.CaptureFixture
     out = capsys.readouterr().out
     assert "trainer_0: its 15 stored metrics are confirmed." in out
     assert "trainer_1: frac_variance_explained" in out and "is stored." in out
+
+
+def test_the_text_of_the_run_is_known_by_what_it_holds(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it lies; on any other text the stored metrics can't be confirmed."""
+    facts = json.loads((run / "run.json").read_text()) | {"corpus_fingerprint": open_corpus("embedded").fingerprint}
+    (run / "run.json").write_text(json.dumps(facts))
+    assert evaluate(run, "--corpus", str(SAMPLES_DIR), "--verify")[0] == 0
+    assert "heldout part" in capsys.readouterr().out
+    texts = write_texts(tmp_path / "t.jsonl", ["The femur is a bone."] * 9)
+    assert evaluate(run, "--corpus", texts, "--verify")[0] == 2
+    assert "is not the text of the run, whose metrics --verify compares" in capsys.readouterr().err
 
 
 def test_on_other_text_all_of_it_is_taken(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,12 +115,17 @@ def of_record(ranks: Ranks) -> dict[str, Any]:
     return {} if ranks.world == 1 else {"ranks": ranks.world}
 
 
+def on_one_machine() -> bool:
+    """Whether all ranks are on this machine."""
+    return os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1")
+
+
 def launcher() -> list[str]:
     """What a command line that goes on with this run begins with."""
     world, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if world == "1":
         return ["python"]
-    return ["torchrun", "--standalone", "--nproc_per_node", here] if world == here else ["torchrun", "..."]
+    return ["torchrun", "--standalone", "--nproc_per_node", here] if on_one_machine() else ["torchrun", "..."]
 
 
 def write_nothing(path: Path, data: Any) -> None:

@@ -275,3 +275,23 @@ def test_only_the_top_k_family_can_be_split() -> None:
     assert sharded_trainer_class("batch_top_k").architecture == "batch_top_k"
     with pytest.raises(UserError, match="'standard' can't be split over ranks: that is for top_k, batch_top_k"):
         sharded_trainer_class("standard")
+
+
+@pytest.mark.parametrize(("world", "here", "told"), [("8", "8", False), ("16", "8", True)])
+def test_a_report_is_made_where_no_other_machine_waits_for_it(
+    world: str, here: str, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dictionary_learning import run_report
+    from dictionary_learning.job import Job
+
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    made: list[Path] = []
+    monkeypatch.setattr(run_report, "report_run", lambda config, folder, lm, device: made.append(folder))
+    job = object.__new__(Job)
+    job.config, job.lm, job.save_dir = None, None, Path("run")  # type: ignore[assignment]
+    job.ranks = SimpleNamespace(first=True, device="cpu")  # type: ignore[assignment]
+    run: Any = SimpleNamespace(stopped="")
+    assert job.publish(run, True, None, False) == 0
+    assert made == ([] if told else [Path("run")])
+    assert ("sae-factory report run" in capsys.readouterr().out) == told
