@@ -31,7 +31,7 @@ ESSENTIAL = {  # module -> its distribution
         name: name
         for name in ("torch", "numpy", "nnsight", "transformers", "datasets", "huggingface_hub", "tokenizers")
     },
-    **{name: name for name in ("safetensors", "pyarrow", "pydantic", "tyro", "rich", "tqdm", "scipy", "httpx")},
+    **{name: name for name in ("safetensors", "pyarrow", "pydantic", "tyro", "rich", "tqdm", "scipy")},
     "yaml": "pyyaml",
 }
 EXTRAS = {  # module -> (the extra that brings it, what does not work without it)
