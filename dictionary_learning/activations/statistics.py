@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dictionary_learning.errors import UserError
-from dictionary_learning.untrusted import listed
+from dictionary_learning.untrusted import listed, shown
 
 NAMED = 10  # dimensions that a report names
 
@@ -136,7 +136,11 @@ def load_zscores(path: Path) -> dict[str, ZScore]:
         names = [key.removesuffix(".mean_D") for key in tensors if key.endswith(".mean_D")]
         zscores = {name: ZScore(*(tensors[f"{name}.{field}"] for field in ZScore._fields)) for name in names}
     except (OSError, SafetensorError, KeyError) as error:
-        raise UserError(f"'{path}' is not a readable file of z-scores: {error}.") from error
+        raise UserError(f"'{path}' is not a readable file of z-scores: {shown(error, 200)}.") from error
     if not zscores or len(tensors) != 2 * len(zscores):
         raise UserError(f"'{path}' holds no z-scores: its tensors are {listed(list(tensors))}.")
+    for name, (mean_D, scale_D) in zscores.items():
+        same = (mean_D.shape, mean_D.dtype) == (scale_D.shape, scale_D.dtype)
+        if mean_D.ndim != 1 or not same or not mean_D.is_floating_point():
+            raise UserError(f"'{path}' is damaged: mean and scale of '{shown(name)}' are no two vectors of one length.")
     return zscores
