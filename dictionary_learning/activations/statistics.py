@@ -128,14 +128,13 @@ def save_zscores(path: Path, zscores: Mapping[str, ZScore]) -> None:
 
 def load_zscores(path: Path) -> dict[str, ZScore]:
     """Read what `save_zscores` wrote. Raises UserError where it is absent, damaged or something else."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         tensors = load_file(path)
         names = [key.removesuffix(".mean_D") for key in tensors if key.endswith(".mean_D")]
         zscores = {name: ZScore(*(tensors[f"{name}.{field}"] for field in ZScore._fields)) for name in names}
-    except (OSError, SafetensorError, KeyError) as error:
+    except Exception as error:  # safetensors lets through whatever torch says to a header that can't be
         raise UserError(f"'{path}' is not a readable file of z-scores: {shown(error, 200)}.") from error
     if not zscores or len(tensors) != 2 * len(zscores):
         raise UserError(f"'{path}' holds no z-scores: its tensors are {listed(list(tensors))}.")
