@@ -259,7 +259,7 @@ def _checked_manifest(data: Any, where: str) -> dict[str, Any] | None:
             raise ValueError(f"max_rows is {data['max_rows']!r}, but a batch has {most} rows")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"'{where}' is damaged: {why}.") from error
+        raise UserError(f"'{where}' is damaged: {untrusted.shown(why, 200)}.") from error
     return data
 
 
