@@ -30,7 +30,7 @@ from data_prep.formats import (
 )
 from data_prep.splits import question_key
 from dictionary_learning.errors import UserError, did_you_mean
-from dictionary_learning.untrusted import parquet_rows
+from dictionary_learning.untrusted import parquet_rows, spellable
 
 log = logging.getLogger("data_prep")
 
@@ -155,9 +155,9 @@ def _texts(
             yield {
                 "text": text,
                 "source_dataset": record.corpus,
-                "id": record_id(record.record),
+                "id": spellable(record_id(record.record)),
                 "where": record.where,
-                "question_key": question_key(question_of(record.record)[:MOST_KEYED]),
+                "question_key": question_key(spellable(question_of(record.record)[:MOST_KEYED])),
             }
     if not texts:
         why = f"all {bad:,} were skipped, the first for: {first_reason}" if bad else "its files are empty"
