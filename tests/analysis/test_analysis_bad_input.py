@@ -18,21 +18,6 @@ from dictionary_learning.analysis.one_pass import Measures
 from dictionary_learning.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with its analysis."""
-    run = make_run(tmp_path_factory.mktemp("original") / "run")
-    analyze(run, measures=Measures(**SMALL))
-    return run
-
-
-@pytest.fixture
-def run(original: Path, tmp_path: Path) -> Path:
-    """The same run before its analysis."""
-    shutil.copytree(original, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
-    return tmp_path / "run"
-
-
 def test_dead_dictionaries_are_said_to_be_dead(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dead, live = make_dictionary(), make_dictionary(1)
     with torch.no_grad():

@@ -26,21 +26,6 @@ from dictionary_learning.evaluate_command import main as evaluate
 from dictionary_learning.packing import ContextPacker
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with its analysis."""
-    run = make_run(tmp_path_factory.mktemp("original") / "run")
-    analyze(run, measures=Measures(**SMALL))
-    return run
-
-
-@pytest.fixture
-def run(original: Path, tmp_path: Path) -> Path:
-    """The same run before its analysis."""
-    shutil.copytree(original, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
-    return tmp_path / "run"
-
-
 def test_it_is_what_a_loop_over_rows_counts(original: Path) -> None:
     folder = AnalysisFolder.open(original)
     stream = TextStream(open_corpus("embedded"), seed=0)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from analysis_cases import SMALL, make_run, write_texts
+from analysis_cases import SMALL, write_texts
 
 from dictionary_learning import open_corpus
 from dictionary_learning.analysis.job import analyze
@@ -18,21 +17,6 @@ from dictionary_learning.analysis.mixed_texts import MOST_LABELS, OTHERS, MixedT
 from dictionary_learning.analysis.one_pass import Measures
 from dictionary_learning.corpus import TextStream
 from dictionary_learning.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with its analysis."""
-    run = make_run(tmp_path_factory.mktemp("original") / "run")
-    analyze(run, measures=Measures(**SMALL))
-    return run
-
-
-@pytest.fixture
-def run(original: Path, tmp_path: Path) -> Path:
-    """The same run before its analysis."""
-    shutil.copytree(original, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
-    return tmp_path / "run"
 
 
 def test_several_corpora_each_give_their_part_of_a_bounded_number_of_tokens(run: Path, tmp_path: Path) -> None:

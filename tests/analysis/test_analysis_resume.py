@@ -25,21 +25,6 @@ from dictionary_learning.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with its analysis."""
-    run = make_run(tmp_path_factory.mktemp("original") / "run")
-    analyze(run, measures=Measures(**SMALL))
-    return run
-
-
-@pytest.fixture
-def run(original: Path, tmp_path: Path) -> Path:
-    """The same run before its analysis."""
-    shutil.copytree(original, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
-    return tmp_path / "run"
-
-
 @pytest.mark.parametrize("unit", ["token", "text"])
 def test_a_stopped_analysis_goes_on_to_the_same_bytes(
     unit: str, original: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
