@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from dictionary_learning.command_line import parse
 from dictionary_learning.errors import exit_code
 from dictionary_learning.report import MAX_MB, write_report
 
@@ -47,7 +48,7 @@ def run_command(args: ReportArgs) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0; 2 for what the user can mend (one sentence); 130 after Ctrl-C."""
-    args = tyro.cli(ReportArgs, args=argv, prog="sae-factory report", use_underscores=True)
+    args = parse(ReportArgs, argv, "sae-factory report")
     return exit_code(lambda: run_command(args))
 
 

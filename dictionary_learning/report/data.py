@@ -157,9 +157,11 @@ def _thinned(curve: dict[str, list[float | None]]) -> dict[str, list[float | Non
 
 
 def _mark_front(dictionaries: list[dict[str, Any]], quality: str, front: str) -> None:
-    """`front` where no other dictionary of the hook point has as low an L0 and is as good."""
+    """`front` where no other dictionary of the hook point has as low an L0 and is as good, among those evaluated where
+    there are any: what a training batch says is no match for held-out text."""
     best: dict[str, float] = {}
     known = [d for d in dictionaries if d["l0"] is not None and d[quality] is not None]
+    known = [d for d in known if d["measured"] == "heldout"] or known
     for dictionary in dictionaries:
         dictionary[front] = False
     for dictionary in sorted(known, key=lambda d: (d["l0"], -d[quality])):
@@ -222,12 +224,15 @@ def _facts(
     if trained and planned and tokens < planned and record.get("status") != "complete":
         trained += f" of {planned:,.0f}"
     widths = sorted({d["width"] for d in dictionaries if d["width"]})
+    said = [f"{width:,.0f}" for width in widths]
+    sizes = " or ".join(filter(None, [", ".join(said[:-1]), *said[-1:]]))
+    each = "each " if len(widths) == 1 < len(dictionaries) else ""
     heldout = next((d["tokens"] for d in dictionaries if d["tokens"]), None)
     facts = [
         ["Model", " · ".join([str(name), *about]) if name else ""],
         ["Hook points", ", ".join(dict.fromkeys(d["hook_point"] for d in dictionaries))],
         ["Corpus", str(config.get("corpus") or activations.get("path") or "")],
-        ["Dictionaries", f"{len(dictionaries)}, of {', '.join(f'{w:,.0f}' for w in widths) or '?'} latents"],
+        ["Dictionaries", f"{len(dictionaries)}, {each}of {sizes or '?'} latents"],
         ["Trained on", trained],
         ["Evaluated on", f"{heldout:,.0f} held-out activations" if heldout else ""],
         ["Started", str(record.get("started") or "").replace("T", " ").removesuffix("+00:00")],
@@ -247,8 +252,9 @@ def _notes(status: Mapping[str, str], dictionaries: list[dict[str, Any]]) -> lis
                     "text": f"{dictionary['name']} was stopped: {dictionary['stopped'].removesuffix('.')}.",
                 }
             )
-    if any(d["measured"] == "batch" for d in dictionaries):
-        said = "Not every dictionary was evaluated: hollow points are from the last batch of the training."
+    if batch := [d for d in dictionaries if d["measured"] == "batch"]:
+        said = "No dictionary was" if len(batch) == len(dictionaries) else "Not every dictionary was"
+        said += " evaluated: hollow points are from the last batch of the training."
         notes.append({"kind": "warning", "text": said})
     return notes
 

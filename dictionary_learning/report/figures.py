@@ -1,16 +1,18 @@
 """The pictures of a report for a paper: the front, training curves, densities, as PNG and SVG.
 
 In: `RunData`, and densities. Out: matplotlib figures, or files of them; the same run gives the same bytes. Colours and
-shapes are those of the page: they differ for colour-blind readers, and in print without colour.
+shapes are those of the page: they differ for colour-blind readers, and in print without colour. Hollow points were not
+evaluated, and what is below 0 stands at the lower edge, as on the page.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -88,29 +90,39 @@ def front_figure(data: RunData) -> Figure | None:
     figure, panels = _figure(len(shown), 4.2, 3.2)
     for axes, (quality, front, label) in zip(panels, shown, strict=True):
         there = [d for d in data.dictionaries if d[quality] is not None and d["l0"] is not None]
+        values = [d[quality] for d in there]
+        low = None
+        if min(values) < 0 < max(values):  # how bad those are does not matter, and would flatten the rest
+            kept = [value for value in values if value >= 0]
+            low = min(kept) - 0.09 * ((max(kept) - min(kept)) or max(kept))
+            there = [{**d, quality: max(d[quality], low)} for d in there]
+            label += "\n(what is below 0 stands at the edge)"
         for hook_point in dict.fromkeys(d["hook_point"] for d in there):
             along = sorted((d["l0"], d[quality]) for d in there if d[front] and d["hook_point"] == hook_point)
             axes.plot([x for x, _ in along], [y for _, y in along], ":", color="#5a6067", linewidth=1, zorder=1)
         for name in _architectures(data):
             points = [d for d in there if d["architecture"] == name]
             x, y = [d["l0"] for d in points], [d[quality] for d in points]
+            batch = [d["measured"] == "batch" for d in points]
             colour, marker = _look(data, name)
             axes.scatter(
                 x,
                 y,
-                s=26,
-                color=colour,
+                s=[22 if hollow else 26 for hollow in batch],
+                c=["white" if hollow else colour for hollow in batch],
                 marker=marker,
-                edgecolors="white",
-                linewidths=0.5,
-                label=_plain(name),
+                edgecolors=[colour if hollow else "white" for hollow in batch],
+                linewidths=[1.3 if hollow else 0.5 for hollow in batch],
+                clip_on=False,
                 zorder=2,
             )
-        if all(d["l0"] > 0 for d in there):
-            _log_axis(axes, "x")
+        if (least := min(d["l0"] for d in there)) > 0:
+            axes.set_xlim(least / 1.18, 1.18 * max(d["l0"] for d in there))
+            _log_axis(axes, "x", 9)
         axes.set_xlabel("L0 (active latents)")
+        axes.set_ylim(bottom=low)
         axes.set_ylabel(label)
-    panels[0].legend(frameon=False, fontsize=8)
+    _legend(figure, data, line="")
     return figure
 
 
@@ -126,19 +138,21 @@ def curves_figure(data: RunData) -> Figure | None:
             curve = data.curves.get(dictionary["name"], {})
             if metric in curve:
                 x, y = np.array(curve["tokens"], float), np.array(curve[metric], float)
-                axes.plot(x, y, color=_look(data, dictionary["architecture"])[0], linewidth=0.9, alpha=0.8)
+                colour, marker = _look(data, dictionary["architecture"])
+                last = np.flatnonzero(np.isfinite(y))[-1:].tolist()
+                axes.plot(x, y, color=colour, marker=marker, markevery=last, markersize=3.5, linewidth=0.9, alpha=0.8)
                 values += y[np.isfinite(y)].tolist()
         if metric in SHARES:
             low = min(max(0, min(values)), 0.95)
-            axes.set_ylim(low, min(1, max(max(values), low + 0.05)))
+            high = min(1, max(max(values), low + 0.05))
+            axes.set_ylim(low, high + 0.02 * (high - low))
         elif values and min(values) > 0 and max(values) > 20 * min(values):
-            _log_axis(axes, "y")
-        axes.xaxis.set_major_locator(_few())
+            _log_axis(axes, "y", 7)
+        axes.xaxis.set_major_locator(_few(3))
+        axes.xaxis.set_major_formatter(_short)
         axes.set_xlabel("activations")
         axes.set_title(CURVES[metric][0], fontsize=9, loc="left")
-    for name in _architectures(data):
-        panels[0].plot([], [], color=_look(data, name)[0], label=_plain(name))
-    panels[0].legend(frameon=False, fontsize=8)
+    _legend(figure, data, line="-")
     return figure
 
 
@@ -155,13 +169,15 @@ def densities_figure(data: RunData, names: Sequence[str] | None = None) -> Figur
         density = np.asarray(folder.table(dictionary["name"])["density"], float)
         log10 = np.log10(density[density > 0]).clip(LOWEST, 0)
         axes.hist(log10, bins=BINS, range=(LOWEST, 0), color=_look(data, dictionary["architecture"])[0])
-        axes.bar(
-            [LOWEST - 0.5], [len(density) - len(log10)], width=0.5, color="#a0a0a0", hatch="///", edgecolor="white"
-        )
-        axes.set_title(_plain(f"{dictionary['name']} {dictionary['sparsity']}"), fontsize=8, loc="left")
+        dead = len(density) - len(log10)
+        axes.bar([LOWEST - 0.5], [dead], width=0.8, color="#a0a0a0", hatch="///", edgecolor="white")
+        title = f"{dictionary['name']} · {dictionary['architecture']} {dictionary['sparsity']}"
+        axes.set_title(_plain(title), fontsize=8, loc="left")
         axes.set_xlabel("log10 density")
-        axes.set_xticks([-10, -8, -6, -4, -2, 0])
-    panels[0].set_ylabel("latents")
+        axes.set_xticks([LOWEST - 0.5, -8, -6, -4, -2, 0], ["never", "−8", "−6", "−4", "−2", "0"])
+        axes.yaxis.set_major_locator(_few(5, integer=True))
+    for axes in panels[::4]:
+        axes.set_ylabel("latents")
     return figure
 
 
@@ -177,6 +193,7 @@ def _figure(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
         panels = figure.subplots(down, across, squeeze=False).ravel().tolist()
     for axes in panels:
         axes.grid(alpha=0.25, linewidth=0.6)
+        axes.set_axisbelow(True)
     for axes in panels[count:]:
         axes.set_visible(False)
     return figure, panels[:count]
@@ -192,24 +209,55 @@ def _look(data: RunData, architecture: str) -> tuple[str, str]:
     return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
 
 
+def _legend(figure: Figure, data: RunData, line: Literal["", "-"]) -> None:
+    """Above the panels, where it hides nothing: each architecture as it is drawn, and what hollow points are."""
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for name in _architectures(data):
+        colour, marker = _look(data, name)
+        handles.append(
+            Line2D([], [], color=colour, marker=marker, markersize=4.5, linestyle=line, label=f" {_plain(name)}")
+        )
+    if not line and any(d["measured"] == "batch" for d in data.dictionaries):
+        look = Line2D([], [], color=COLOURS[5], marker="o", markersize=4.5, linestyle="", label=" not evaluated")
+        look.set(markerfacecolor="white", markeredgewidth=1.3)
+        handles.append(look)
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(handles), 4), frameon=False, fontsize=8)
+
+
 def _plain(text: Any) -> str:
     """On one line, printable, and no formula."""
-    line = "".join(c if c.isprintable() else " " for c in str(text))[:60]
-    return " " + line.replace("$", r"\$")  # matplotlib leaves out of a legend what begins with an underscore
+    return "".join(c if c.isprintable() else " " for c in str(text))[:60].replace("$", r"\$")
 
 
-def _few() -> Any:
+def _few(most: int, integer: bool = False) -> Any:
+    """Where the ticks of a linear axis go."""
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(3)
+    return MaxNLocator(most, integer=integer)
 
 
-def _log_axis(axes: Axes, which: str) -> None:
-    """A logarithmic axis whose ticks are plain numbers."""
-    from matplotlib.ticker import LogLocator
+def _short(value: float, position: object = None) -> str:
+    """Of many activations: 50 k, 1.5 M."""
+    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= unit:
+            return f"{value / unit:g}{name}"
+    return f"{value:g}"
+
+
+def _log_axis(axes: Axes, which: str, most: int) -> None:
+    """A logarithmic axis with at most so many ticks, plain numbers all of them."""
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    low, high = axis.get_view_interval()
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for mantissas in ((1, 1.5, 2, 3, 4, 5, 6, 8), (1, 2, 3, 5), (1, 3), (1,)):
+        ticks = [m * 10.0**e for e in decades for m in mantissas if low <= m * 10.0**e <= high]
+        if len(ticks) <= most:
+            break
+    axis.set_major_locator(FixedLocator(ticks) if len(ticks) > 2 else _few(4))  # a narrow range has few round ones
+    axis.set_minor_locator(NullLocator())
     axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("{x:g}")

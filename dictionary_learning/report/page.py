@@ -75,7 +75,7 @@ def report_html(folder: Path, max_mb: float = MAX_MB, only: tuple[str, int] | No
     parts = None
     if analysis is not None and sources:
         told = len(compressed([("run", packed_json(_told(data, None, sources, None)))])["run"])
-        room = int(max_mb * 1e6) - len(app) - len(style) - len(page) - told - RESERVE
+        room = int(min(max_mb, 1e6) * 1e6) - len(app) - len(style) - len(page) - told - RESERVE
         parts = fitting_parts(analysis, sources, data.names, max(room, 0))
     facts = _told(data, analysis, sources, parts)
     if only is not None:

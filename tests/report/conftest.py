@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,15 +22,20 @@ ARGUMENTS = (
 HOSTILE_LABEL = f"{HOSTILE[0]} {HOSTILE[2]} label"
 
 
+def works(command: str) -> bool:
+    """Whether there is such a browser; Ubuntu's package of that name is a script that says where to get one."""
+    return bool(shutil.which(command)) and subprocess.run([command, "--version"], capture_output=True).returncode == 0
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
     """Chromium of the machine; nothing is downloaded."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    path = next(filter(works, ("chromium", "chromium-browser", "google-chrome")), None)
     if path is None:
         pytest.skip("no Chromium on this machine")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=shutil.which(path), args=ARGUMENTS, timeout=120_000)
         yield browser
         browser.close()
 
@@ -50,7 +56,7 @@ def opened(chromium: Any) -> Iterator[Callable[..., Any]]:
         page.on("pageerror", lambda error: log.errors.append(str(error)))
         page.on("request", lambda request: log.requests.append(request.url))
         page.goto(path.as_uri() + hash)
-        page.wait_for_selector("body[data-ready]", state="attached", timeout=15_000)
+        page.wait_for_selector("body[data-ready]", state="attached", timeout=60_000)
         page.log = log
         return page
 

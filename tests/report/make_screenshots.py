@@ -29,6 +29,7 @@ def take(browser: Any, report: Path, latent: str, search: str) -> None:
         return page
 
     page = opened("light", WIDE)
+    page.evaluate("scrollTo(0, 0)")
     page.screenshot(path=IMAGES / "report-front.png")
     for scheme in ("light", "dark"):
         page = opened(scheme, WIDE)

@@ -30,17 +30,32 @@ async function columnsOf(index) {
   data.said = (f) => data.meta.description[f] || data.meta.label[f];
   data.words = (f) => data.said(f) || data.fired(f).slice(0, WORDS_SHOWN).join(' ');
   data.corpusName = (f) => (data.corpus[f] === NO_CORPUS ? '' : run.analysis.corpora[data.corpus[f]]);
-  data.own = Array.from({ length: features }, (_, f) => [f, data.meta.description[f] || '', data.meta.label[f], ...data.fired(f)].join('\n').toLowerCase());
-  data.text = data.own.map((own, f) => `${own}\n${data.meta.promoted[f].join('\n').toLowerCase()}`);
+  // What is searched: what the table shows first, then what it fires on too, then what it promotes too.
+  const more = (texts, words) => texts.map((text, f) => `${text}\n${words(f).join('\n').toLowerCase()}`);
+  data.named = Array.from({ length: features }, (_, f) => [f, data.meta.description[f] || '', data.meta.label[f]].join('\n').toLowerCase());
+  data.own = more(data.named, data.fired);
+  data.text = more(data.own, (f) => data.meta.promoted[f]);
   data.ready = true;
   return data;
 }
 
 const query = { text: '', corpus: '', status: '', key: 'feature', down: false };
 
+function asked() {
+  return query.text.toLowerCase().split(/\s+/).filter(Boolean);
+}
+
+// The tokens for which a search found a latent, where what the table shows of it does not say so.
+function reasons(data, f) {
+  const words = asked();
+  if (!words.length || !data.said(f) || words.every((word) => data.named[f].includes(word))) return [];
+  const [fires, promotes] = [data.fired(f), data.meta.promoted[f]].map((list) => list.filter((token) => words.some((word) => token.toLowerCase().includes(word))));
+  return fires.length ? tokens(fires.slice(0, 2)) : tokens(promotes.slice(0, 2), 'quiet');
+}
+
 // The numbers of the latents that are shown, in order.
 function shownLatents(data) {
-  const words = query.text.toLowerCase().split(/\s+/).filter(Boolean);
+  const words = asked();
   const corpus = query.corpus === '' ? null : Number(query.corpus);
   const fits = (f) => {
     if (corpus !== null && data.corpus[f] !== corpus) return false;
@@ -53,13 +68,14 @@ function shownLatents(data) {
   const values = new Map(found.map((f) => [f, column.of(data, f)]));
   const sign = query.down ? -1 : 1;
   const missing = (value) => value === '' || Number.isNaN(value);
-  // As long as no column was chosen, what a latent fires on counts before what it promotes.
+  // As long as no column was chosen, what a latent is called counts before what it fires on, and that before what it promotes.
   const ranked = words.length > 0 && query.key === 'feature' && !query.down;
-  const weak = new Set(ranked ? found.filter((f) => !words.every((word) => data.own[f].includes(word))) : []);
+  const has = (texts, f) => words.every((word) => texts[f].includes(word));
+  const rank = new Map(found.map((f) => [f, !ranked || has(data.named, f) ? 0 : has(data.own, f) ? 1 : 2]));
   const exact = /^\d+$/.test(query.text.trim()) ? Number(query.text) : -1; // a number asked for stands first
   return found.sort((a, b) => {
     if (a === exact || b === exact) return a === exact ? -1 : 1;
-    if (weak.has(a) !== weak.has(b)) return weak.has(a) - weak.has(b);
+    if (rank.get(a) !== rank.get(b)) return rank.get(a) - rank.get(b);
     const [left, right] = [values.get(a), values.get(b)];
     if (missing(left) || missing(right)) return missing(left) - missing(right) || a - b;
     if (left === right) return a - b;

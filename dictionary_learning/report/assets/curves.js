@@ -34,8 +34,12 @@ function drawCurves(picture_, width, height) {
       svg('path', { class: 'reach', d }), svg('path', { d }));
     const end = curve[metric].findLastIndex(known);
     line.append(svg('path', { class: 'end', transform: `translate(${x(curve.tokens[end])},${at(curve[metric][end])})`, d: shape(architectureOf(entry), on ? 5 : 3) }));
-    picture_.append(tells(line, () => [el('strong', {}, name(entry.name), ' · ', name(entry.architecture)),
-      el('p', {}, visible(entry.sparsity), ` · at the end ${num(curve[metric][end], 4)}`)]));
+    picture_.append(tells(line, (across) => {
+      const away = (i) => Math.abs(x(curve.tokens[i]) - across * width);
+      const i = curve.tokens.reduce((best, tokens, j) => (known(curve[metric][j]) && away(j) < away(best) ? j : best), end);
+      return [el('strong', {}, name(entry.name), ' · ', name(entry.architecture), ' ', visible(entry.sparsity)),
+        el('p', {}, `${num(curve[metric][i], 4)} at ${count(curve.tokens[i])} activations`)];
+    }, { follow: true }));
   }
 }
 

@@ -1,8 +1,8 @@
 // The table of dictionaries: sorted by any column, a row chosen as a point is.
 
 const DICTIONARY_COLUMNS = [
-  ['Dictionary', 'name'], ['Architecture', 'architecture'], ['Hook point', 'hook_point', 'wide'], ['Sparsity', 'sparsity'],
-  ['Latents', 'width', 'wide', count], ['L0', 'l0', 'number', (v) => num(v, 4)], ['Loss recovered', 'frac_recovered', 'number', (v) => fixed(v, 4)],
+  ['Dictionary', 'name'], ['Architecture', 'architecture', 'wide'], ['Hook point', 'hook_point', 'wide'], ['Sparsity', 'sparsity'],
+  ['Latents', 'width', 'wide', count], ['L0', 'l0', 'number', (v) => fixed(v, 2)], ['Loss recovered', 'frac_recovered', 'number', (v) => fixed(v, 4)],
   ['Explained variance', 'frac_variance_explained', 'number', (v) => fixed(v, 4)], ['KL', 'kl', 'wide', (v) => fixed(v, 4)],
   ['Alive', 'frac_alive', 'number', (v) => fixed(v, 3)], ['Learning rate', 'lr', 'wide', (v) => num(v, 3)], ['Seed', 'seed', 'wide', (v) => num(v)],
 ];
@@ -38,7 +38,7 @@ function dictionaryRow(entry) {
       return el('th', { scope: 'row' },
         el('button', { type: 'button', 'data-dictionary': entry.index, 'aria-pressed': String(on) },
           svg('svg', { width: 14, height: 14, viewBox: '-8 -8 16 16', class: colour(which), 'aria-hidden': 'true' }, svg('path', { d: shape(which, 5.5) })), name(value)),
-        entry.front_recovered || (entry.front_explained && !known(entry.frac_recovered)) ? el('abbr', { class: 'star', title: 'on the front' }, '★') : null,
+        onFront(entry) ? el('abbr', { class: 'star', title: 'on the front' }, '★') : null,
         entry.stopped ? el('abbr', { class: 'stopped', title: plain(entry.stopped) }, 'stopped') : null);
     }
     return el('td', { class: show ? `number ${kind}` : kind }, show ? show(value) : name(value ?? '–'));
@@ -62,6 +62,10 @@ function startDictionaries() {
       cell.setAttribute('aria-sort', cell.dataset.key === sorted.key ? (sorted.down ? 'descending' : 'ascending') : 'none');
     }
     body.replaceChildren(...ordered(shownDictionaries()).map(dictionaryRow));
+    const [box, row] = [table.parentElement, body.querySelector('.on')];
+    if (row && (row.offsetTop < box.scrollTop + row.offsetHeight || row.offsetTop + row.offsetHeight > box.scrollTop + box.clientHeight)) {
+      box.scrollTop = row.offsetTop - box.clientHeight / 2;
+    }
   };
   body.addEventListener('click', (event) => {
     const row = event.target.closest('[data-dictionary]');

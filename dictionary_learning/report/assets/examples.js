@@ -81,10 +81,11 @@ function tokenNode(text, act, most, peak, at) {
 // One example as a list item; with the arrow keys one goes along the tokens that it fires on.
 function exampleNode(item, most) {
   const { corpora } = run.analysis;
-  const facts = el('span', { class: 'where' }, el('b', { class: 'act' }, num(item.value, 3)),
+  const facts = el('span', { class: 'where' }, el('b', { class: 'act' }, sig(item.value, 3)),
     corpora.length > 1 && item.corpus < corpora.length ? breakable(corpora[item.corpus]) : null);
+  tells(facts, () => [el('p', {}, `document ${count(item.document)}${item.text === undefined ? `, token ${count(item.position)}` : ''}`)]);
   if (item.text !== undefined) return el('li', { class: 'example' }, facts, wholeText(item));
-  const words = el('p', { class: 'text', dir: 'auto' }, item.tokens.map((text, i) => tokenNode(text, item.acts[i], most, i === item.peak, i)));
+  const words = el('p', { class: 'text', dir: 'auto' }, item.tokens.map((text, i) => tokenNode(i ? text : text.replace(/^ (?=\S)/, ''), item.acts[i], most, i === item.peak, i)));
   const firing = item.acts.map((act, i) => (act > 0 ? i : -1)).filter((i) => i >= 0);
   const node = el('li', { class: 'example', tabindex: 0, 'aria-label': plain(`activation ${num(item.value, 3)} on ${item.tokens[item.peak]}: ${item.tokens.join('')}`) }, facts, words);
   let now = firing.indexOf(item.peak);

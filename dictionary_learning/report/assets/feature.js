@@ -16,11 +16,11 @@ function statistics(data, f, meta) {
   const density = data.density[f];
   const ablation = data.ablation_loss[f];
   return el('dl', { class: 'stats' },
-    stat('Density', density > 0 ? num(density, 3) : '0', oneIn(density)),
+    stat('Density', density > 0 ? sig(density, 3) : '0', oneIn(density)),
     stat(run.analysis.whole ? 'Texts' : 'Fired', count(meta.active), run.analysis.whole ? null : `in ${plural(meta.documents, 'document')}`),
-    stat('Max', num(data.max[f], 4)),
-    stat('Mean', num(data.mean[f], 4), `± ${num(meta.std, 3)}`),
-    Number.isNaN(ablation) ? null : stat('Δ loss', `${ablation > 0 ? '+' : ''}${num(ablation, 2)}`, 'nats, when ablated'));
+    density > 0 ? stat('Max', sig(data.max[f], 4)) : null,
+    density > 0 ? stat('Mean', sig(data.mean[f], 4), `± ${sig(meta.std, 3)}`) : null,
+    Number.isNaN(ablation) ? null : stat('Δ loss', `${ablation > 0 ? '+' : ''}${sig(ablation, 2)}`, 'nats, when ablated'));
 }
 
 // The quantiles of the active values, from zero to the largest.
@@ -46,7 +46,7 @@ function sampleGroups(samples, spread, most) {
     return [label, samples.filter(({ value }) => value >= from && value < to).sort((a, b) => b.value - a.value)];
   });
   return groups.filter(([, items]) => items.length).map(([label, items]) =>
-    el('details', { class: 'band' }, el('summary', {}, label, el('small', {}, `${num(items.at(-1).value)} – ${num(items[0].value)}`)), exampleList(items, most, `Samples, ${label}`)));
+    el('details', { class: 'band' }, el('summary', {}, label, el('small', {}, [...new Set([sig(items.at(-1).value), sig(items[0].value)])].join(' – '))), exampleList(items, most, `Samples, ${label}`)));
 }
 
 function logits([texts, values], kind) {
@@ -61,17 +61,25 @@ function gauge(share) {
 
 function corporaTable(rows) {
   const most = Math.max(...rows.map(([rate]) => rate || 0), 1e-12);
-  return el('table', { class: 'corpora' }, el('thead', {}, el('tr', {}, ['Corpus', 'Rate', '', 'Ratio', 'p', 'q'].map((heading, i) => el('th', { scope: 'col', class: i ? 'number' : null }, heading)))),
+  return el('table', { class: 'corpora' }, el('thead', {}, el('tr', {}, ['Corpus', 'Rate', '', 'Ratio', 'p', 'q'].map((heading, i) => (heading ? el('th', { scope: 'col', class: i ? 'number' : null }, heading) : el('td', { class: 'gauge' }))))),
     el('tbody', {}, rows.map(([rate, ratio, p, q], i) => el('tr', { class: q < 0.01 && ratio >= 1 ? 'strong' : null },
-      el('th', { scope: 'row' }, name(run.analysis.tested[i])), el('td', { class: 'number' }, num(rate, 2)), el('td', { class: 'gauge' }, gauge((rate || 0) / most)),
-      el('td', { class: 'number' }, known(ratio) ? `${num(2 ** ratio, 2)}×` : '–'), el('td', { class: 'number' }, num(p, 2)), el('td', { class: 'number' }, num(q, 2))))));
+      el('th', { scope: 'row' }, breakable(run.analysis.tested[i])), el('td', { class: 'number' }, sig(rate, 2)), el('td', { class: 'gauge' }, gauge((rate || 0) / most)),
+      el('td', { class: 'number' }, known(ratio) ? `${sig(2 ** ratio, 2)}×` : '–'), el('td', { class: 'number' }, sig(p, 2)), el('td', { class: 'number' }, sig(q, 2))))));
 }
 
 function links(data, [features, values], measure) {
   return el('ul', { class: 'links' }, features.filter((f) => f >= 0 && f < data.features).map((f, i) => {
-    const inside = [el('b', {}, String(f)), el('span', { class: 'words' }, name(data.words(f))), el('small', { title: measure }, fixed(values[i], 2))];
-    return el('li', {}, run.only ? el('span', { class: 'link' }, ...inside) : el('a', { class: 'link', href: address(state.dictionary, f) }, ...inside));
+    const inside = [el('b', {}, String(f)), el('span', { class: 'words' }, STATUSES[data.status[f]] ? `${STATUSES[data.status[f]]} ` : null, name(data.words(f))), el('small', { title: measure }, fixed(values[i], 2))];
+    return el('li', {}, run.only ? el('span', { class: 'link' }, ...inside) : el('a', { class: 'link', href: address(state.dictionary, f), onclick: (event) => follow(event, f) }, ...inside));
   }));
+}
+
+// A link within the page, of which the inner frame of a notebook knows no address.
+function follow(event, feature) {
+  if (event.ctrlKey || event.metaKey || event.shiftKey) return; // another tab or window
+  event.preventDefault();
+  choose({ feature }, { write: 'push' });
+  bringFeature();
 }
 
 function featureHead(data, f, meta) {
@@ -81,13 +89,32 @@ function featureHead(data, f, meta) {
   const status = STATUSES[data.status[f]];
   const go = (by, text, sign) => el('button', { type: 'button', 'aria-label': text, title: text, onclick: () => step(by) }, sign);
   return el('header', {},
-    el('p', { class: 'path' }, name(chosen().name), ' / ', el('b', {}, String(f)), status ? el('span', { class: `badge ${status}` }, status) : null,
+    el('p', { class: 'path' }, el('span', { class: 'id' }, name(chosen().name), el('span', { class: 'of' }, '/'), el('b', {}, String(f))),
+      el('button', { type: 'button', class: 'copy', 'aria-label': 'Copy the name of this latent', title: 'Copy (c)', onclick: copyName }, svg('svg', { viewBox: '0 0 16 16', 'aria-hidden': 'true' }, svg('path', { d: 'M5.5 5.5h8v8h-8zM3 10.5h-.5v-8h8V3' }))), status ? el('span', { class: `badge ${status}` }, status) : null,
       data.corpusName(f) ? el('span', { class: 'badge corpus' }, name(data.corpusName(f))) : null,
       run.only ? null : el('span', { class: 'go' }, el('button', { type: 'button', class: 'back', onclick: () => toTable() }, 'Table'), go(-1, 'Previous latent (k)', '↑'), go(1, 'Next latent (j)', '↓'))),
     el('h3', {}, said || label ? name(said || label) : data.fired(f).length ? tokens(data.fired(f)) : `Latent ${f}`),
     said ? el('p', { class: 'hint' }, 'Described by ', name(meta.said?.model || 'a model'), known(meta.said?.score) ? `, detection score ${fixed(meta.said.score, 2)}` : '', label ? [' · words of its texts: ', name(label)] : '')
       : label ? el('p', { class: 'hint' }, `Words that set its texts apart${Number.isNaN(share) ? '' : `; in ${num(100 * share, 2)} % of them`}.`) : null,
     (said || label) && data.fired(f).length ? el('p', { class: 'fires' }, el('span', { class: 'hint' }, 'Peaks on '), tokens(data.fired(f))) : null);
+}
+
+// The name by which an address and a colleague know the latent. The clipboard's newer interface is barred from frames.
+function copyName() {
+  const pane = $('feature');
+  getSelection().selectAllChildren(pane.querySelector('.id'));
+  if (!document.execCommand('copy')) return; // it is selected at least
+  say(`copied ${getSelection()}`);
+  pane.querySelector('.copy').replaceChildren('✓');
+}
+
+// Put the pieces into the pane; what had the focus there has it again.
+function fill(pane, pieces) {
+  const held = pane.contains(document.activeElement) ? document.activeElement : null;
+  const again = held && held !== pane ? held.getAttribute('aria-label') : null;
+  pane.replaceChildren(...pieces);
+  pane.scrollTop = 0;
+  if (held) ((again && pane.querySelector(`.path [aria-label="${CSS.escape(again)}"]`)) || pane).focus({ preventScroll: true });
 }
 
 async function showFeature() {
@@ -101,19 +128,18 @@ async function showFeature() {
     const most = data.max[feature];
     const pieces = [featureHead(data, feature, meta), statistics(data, feature, meta),
       el('div', { class: `pictures ${colour(architectureOf(chosen()))}` },
-        el('figure', {}, densityPicture(chosen(), 250, data.density[feature]), el('figcaption', {}, 'density among its dictionary’s, log', el('sub', {}, '10'))),
+        el('figure', {}, densityPicture(chosen(), 250, data.density[feature]), el('figcaption', {}, 'log', el('sub', {}, '10'), ' density, among all latents')),
         most > 0 ? el('figure', {}, quantiles(meta, most), el('figcaption', {}, 'active values: middle half, tenths, median')) : null)];
-    if (top.length) pieces.push(section(run.analysis.whole ? 'Top texts' : 'Top texts', 'where it fires most', exampleList(top, most, 'Top texts')));
+    if (top.length) pieces.push(section('Top texts', run.analysis.whole ? 'where it fires most' : `where it fires most; shades go up to ${sig(most)}`, exampleList(top, most, 'Top texts')));
     else pieces.push(el('p', { class: 'note info' }, data.status[feature] === 1 ? 'This latent never fired on the texts that were analysed.' : 'No texts of this latent are in this file.'));
     if (samples.length) pieces.push(section('Samples', 'of the quantiles of its active values', ...sampleGroups(samples, meta.spread, most)));
-    if (meta.corpora.length) pieces.push(section('Corpora', 'firing rate, against all others; q is p corrected for all tests', el('div', { class: 'scroll' }, corporaTable(meta.corpora))));
+    if (meta.corpora.length && meta.active > 0) pieces.push(section('Corpora', 'firing rate, against all others; q is p corrected for all tests', el('div', { class: 'scroll' }, corporaTable(meta.corpora))));
     if (meta.up[0].length || meta.down[0].length) {
       pieces.push(section('Next token', 'effect of its decoder direction on the logits', el('div', { class: 'pair' }, logits(meta.up, 'up'), logits(meta.down, 'down'))));
     }
     if (meta.near[0].length) pieces.push(section('Neighbours', 'cosine of the decoder directions', links(data, meta.near, 'cosine')));
-    if (meta.coactive[0].length) pieces.push(section('Fires with', 'Jaccard index of the tokens', links(data, meta.coactive, 'Jaccard index')));
-    pane.replaceChildren(...pieces);
-    pane.scrollTop = 0;
+    if (meta.coactive[0].length) pieces.push(section('Fires with', `Jaccard index of the ${run.analysis.whole ? 'texts' : 'tokens'}`, links(data, meta.coactive, 'Jaccard index')));
+    fill(pane, pieces);
   } catch (error) {
     pane.replaceChildren(el('p', { class: 'note warning' }, `This latent can't be shown: ${error.message}.`));
   }

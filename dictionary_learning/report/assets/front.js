@@ -35,8 +35,14 @@ function drawFront(quality) {
     const x = positive
       ? logarithmic([xs[0] / 1.18, xs[1] * 1.18], [box.left, box.right])
       : linear(padded(xs), [box.left, box.right]);
-    const y = linear(padded(extent(points.map((entry) => entry[key])), 0.09), [box.bottom, box.top]);
+    const values = points.map((entry) => entry[key]);
+    const below = Math.min(...values) < 0 && Math.max(...values) > 0; // how bad does not matter, and would flatten the rest
+    const ys = extent(below ? values.filter((value) => value >= 0) : values);
+    const [low, high] = padded(ys, 0.09);
+    const inner = linear([low, Math.max(ys[1], Math.min(high, 1))], [box.bottom, box.top]);
+    const y = Object.assign((value) => Math.min(box.bottom, inner(value)), { ticks: inner.ticks });
     picture_.append(frame(box, x, y, { xName: positive ? 'L0, log scale' : 'L0', xTicks: width < NARROW ? 5 : 8, yTicks: 5 }));
+    if (below) picture_.append(svg('text', { class: 'axis', x: box.left, y: box.bottom + 33 }, 'below 0: at the lower edge'));
     for (const hook of new Set(points.map((entry) => entry.hook_point))) {
       const along = points.filter((entry) => entry[front] && entry.hook_point === hook).sort((a, b) => a.l0 - b.l0);
       picture_.append(svg('path', { class: 'front-line', d: along.map((entry, i) => `${i ? 'L' : 'M'}${x(entry.l0)},${y(entry[key])}`).join('') }));
@@ -89,8 +95,16 @@ function startFront() {
   draw();
 }
 
+// What the marks mean, as far as they are there.
 function legend() {
   const architectures = [...new Set(run.dictionaries.map((entry) => entry.architecture))];
-  $('legend').replaceChildren(...architectures.map((architecture, index) =>
-    el('span', {}, svg('svg', { width: 16, height: 16, viewBox: '-8 -8 16 16', class: colour(index), 'aria-hidden': 'true' }, svg('path', { d: shape(index, 5.5) })), name(architecture))));
+  const item = (kind, d, text) =>
+    el('span', {}, svg('svg', { width: 16, height: 16, viewBox: '-8 -8 16 16', class: kind, 'aria-hidden': 'true' }, svg('path', { d })), text);
+  $('legend').append(...architectures.map((architecture, index) => item(colour(index), shape(index, 5.5), name(architecture))));
+  if (run.dictionaries.some(onFront)) $('legend').append(el('span', {}, el('span', { class: 'star', 'aria-hidden': 'true' }, '★'), 'on the front'));
+  if (run.dictionaries.some((entry) => entry.measured === 'batch')) $('legend').append(item('s5 hollow', shape(0, 5), 'not evaluated: of its last batch'));
+}
+
+function onFront(entry) {
+  return entry.front_recovered || (entry.front_explained && !known(entry.frac_recovered));
 }

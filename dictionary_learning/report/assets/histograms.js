@@ -27,7 +27,12 @@ function densityPicture(entry, width, marked = null) {
     const at = marked > 0 ? x(Math.max(low, Math.log10(marked))) : 2 + DENSITY.dead / 2;
     picture_.append(svg('line', { class: 'marker', x1: at, x2: at, y1: 2, y2: DENSITY.bottom }), svg('path', { class: 'marker', d: `M${at - 5},0h10l-5,7Z` }));
   }
-  return picture_;
+  return tells(picture_, (across) => {
+    const i = Math.floor((across * width - left) / ((width - 4 - left) / counts.length));
+    if (i < 0) return [el('p', {}, `never fired: ${plural(dead, 'latent')}`)];
+    const from = low + Math.min(i, counts.length - 1) * bin;
+    return [el('p', {}, 'log', el('sub', {}, '10'), ` ${fixed(from, 2)} to ${fixed(from + bin, 2)}: ${plural(counts[Math.min(i, counts.length - 1)], 'latent')}`)];
+  }, { follow: true });
 }
 
 function startHistograms() {
@@ -35,13 +40,22 @@ function startHistograms() {
   $('densities').hidden = !there;
   document.querySelector('[data-to="densities"]').hidden = !there;
   if (!there) return;
+  let width = 0;
   const draw = () => {
-    $('histograms').replaceChildren(...shownDictionaries().filter((entry) => entry.histogram).map((entry) =>
+    const entries = shownDictionaries().filter((entry) => entry.histogram);
+    const cards = entries.map((entry) =>
       el('button', { type: 'button', class: `density ${colour(architectureOf(entry))}`, 'data-dictionary': entry.index, 'aria-pressed': String(entry.index === state.dictionary) },
         el('span', { class: 'density-name' }, name(entry.name), el('small', {}, name(entry.architecture), ' ', visible(entry.sparsity))),
-        densityPicture(entry, 236),
-        el('small', {}, `${num((100 * entry.histogram.dead) / entry.features, 2)} % never fired`))));
+        el('span', { class: 'picture' }),
+        el('small', {}, `${num((100 * entry.histogram.dead) / entry.features, 2)} % never fired`)));
+    $('histograms').replaceChildren(...cards);
+    width = cards.length ? Math.floor(cards[0].querySelector('.picture').clientWidth) || 236 : 0;
+    cards.forEach((card, i) => card.querySelector('.picture').append(densityPicture(entries[i], width)));
   };
+  new ResizeObserver(() => {
+    const now = $('histograms').querySelector('.picture')?.clientWidth;
+    if (now && Math.floor(now) !== width) draw();
+  }).observe($('histograms'));
   $('histograms').addEventListener('click', (event) => {
     const button = event.target.closest('[data-dictionary]');
     if (!button) return;

@@ -2,7 +2,7 @@
 
 const KEYS = [
   ['/', 'search the latents'], ['j k or ↓ ↑', 'next, previous latent'], ['Enter', 'from the table into the latent'], ['Esc', 'back to the table; clear the search'],
-  ['[ ]', 'previous, next dictionary'], ['← →', 'along the tokens that an example fires on'], ['t', 'light or dark'], ['?', 'this help'],
+  ['[ ]', 'previous, next dictionary'], ['c', 'copy the name of the latent'], ['← →', 'along the tokens that an example fires on'], ['t', 'light or dark'], ['?', 'this help'],
 ];
 
 function typing(node) {
@@ -53,6 +53,7 @@ function onKey(event) {
   else if (event.key === 'Enter' && event.target === $('table')) act(() => { $('feature').focus({ preventScroll: true }); bringFeature(); });
   else if (event.key === '/') act(() => { $('search').focus(); });
   else if (event.key === '?') act(() => $('help').showModal());
+  else if (event.key === 'c' && $('feature').querySelector('.id')) act(copyName);
   else if (event.key === 't') act(toggleTheme);
   else if (event.key === '[' || event.key === ']') act(() => nextDictionary(event.key === ']' ? 1 : -1));
 }

@@ -17,11 +17,16 @@ async function start() {
   document.body.classList.toggle('only', Boolean(run.only));
   if (!run.only) {
     for (const begin of [startHead, startFront, startDictionaries, startCurves, startHistograms, startTable]) begin();
-    window.addEventListener('hashchange', () => choose(readAddress(), { push: false }));
+    window.addEventListener('hashchange', () => {
+      choose({ dictionary: firstChoice(), feature: null, ...readAddress() }, { write: null });
+      bringFeature();
+    });
   }
   startFeature();
   startKeys();
   startTooltips();
+  // An address leads to its latent, but a reader who loads the page again stays where they were.
+  if (!run.only && known(readAddress().feature) && performance.getEntriesByType('navigation')[0]?.type === 'navigate') $('features').scrollIntoView();
   document.body.dataset.ready = 'yes';
 }
 

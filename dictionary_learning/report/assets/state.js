@@ -8,12 +8,13 @@ function watch(callback) {
   watchers.push(callback);
 }
 
-// Choose, and tell everyone once, with what has changed.
-function choose(change, { push = true } = {}) {
+// Choose, and tell everyone once, with what has changed. The address is replaced, or pushed where one should be able to
+// go back from, or left alone (null).
+function choose(change, { write = 'replace' } = {}) {
   const changed = Object.keys(change).filter((key) => state[key] !== change[key]);
   if (!changed.length) return;
   Object.assign(state, change);
-  if (push && (changed.includes('dictionary') || changed.includes('feature'))) writeAddress();
+  if (write && (changed.includes('dictionary') || changed.includes('feature'))) writeAddress(write);
   for (const callback of watchers) callback(changed);
 }
 
@@ -26,9 +27,9 @@ function address(dictionary, feature) {
   return feature === null ? start : `${start}/${feature}`;
 }
 
-function writeAddress() {
+function writeAddress(how) {
   try {
-    history.replaceState(null, '', address(state.dictionary, state.feature));
+    history[`${how}State`](null, '', address(state.dictionary, state.feature));
   } catch {
     // an inner frame of a notebook has no address to write
   }

@@ -23,11 +23,11 @@ function cell(column, data, f) {
     case 'label': {
       const state_ = STATUSES[data.status[f]];
       const badge = state_ ? el('span', { class: `badge ${state_}` }, state_) : null;
-      return data.said(f) ? of(badge, el('span', { class: data.meta.description[f] ? 'said' : 'words' }, name(data.said(f)))) : of(badge, ...tokens(data.fired(f)));
+      return data.said(f) ? of(badge, el('span', { class: data.meta.description[f] ? 'said' : 'words' }, name(data.said(f))), ' ', ...reasons(data, f)) : of(badge, ...tokens(data.fired(f)));
     }
-    case 'density': return of(data.density[f] > 0 ? bar(1 + Math.log10(data.density[f]) / 6) : null, el('span', {}, data.density[f] > 0 ? num(data.density[f], 2) : '0'));
-    case 'max': return of(data.density[f] > 0 ? num(data.max[f], 3) : '–');
-    case 'ablation_loss': return of(num(data.ablation_loss[f], 2));
+    case 'density': return of(data.density[f] > 0 ? bar(1 + Math.log10(data.density[f]) / 6) : null, el('span', {}, data.density[f] > 0 ? sig(data.density[f], 2) : '0'));
+    case 'max': return of(data.density[f] > 0 ? sig(data.max[f], 3) : '–');
+    case 'ablation_loss': return of(sig(data.ablation_loss[f], 2));
     case 'corpus': return of(name(data.corpusName(f)));
     default: return of(...tokens(data.meta.promoted[f], 'quiet'));
   }
@@ -65,7 +65,7 @@ function heads(data) {
   return el('div', { class: 'row head', role: 'row', 'aria-rowindex': 1 }, columns.map((column) =>
     el('div', { class: `cell c-${column.key}${column.number ? ' number' : ''}${column.wide ? ' wide' : ''}`, role: 'columnheader', 'data-key': column.key,
       title: column.title, 'aria-sort': query.key === column.key ? (query.down ? 'descending' : 'ascending') : 'none' },
-      el('button', { type: 'button', tabindex: -1, onclick: () => sortBy(column) }, column.heading))));
+      el('button', { type: 'button', onclick: () => sortBy(column) }, column.heading))));
 }
 
 function sortBy(column) {
@@ -80,7 +80,9 @@ function refresh({ keep = false } = {}) {
   const { data, box } = table;
   table.rows = shownLatents(data);
   $('table').setAttribute('aria-rowcount', table.rows.length + 1);
+  const held = box.contains(document.activeElement) ? document.activeElement.closest('[data-key]')?.dataset.key : null;
   box.firstElementChild.replaceWith(heads(data));
+  if (held) box.querySelector(`[data-key="${held}"] button`)?.focus({ preventScroll: true });
   if (!keep) box.scrollTop = 0;
   paint();
   const all = table.rows.length === data.features;
@@ -104,13 +106,20 @@ function step(by) {
   choose({ feature: rows[next] });
 }
 
+// What one begins with: a latent that fires, and not everywhere.
+function chooseFirst() {
+  const { data, rows } = table;
+  const first = rows.find((f) => !data.status[f]) ?? rows.find((f) => data.status[f] !== 1) ?? rows[0];
+  if (first !== undefined) choose({ feature: first }, { write: null });
+}
+
 async function showTable() {
   const entry = chosen();
   const there = Boolean(entry.features);
   $('explorer').classList.toggle('none', !there);
   $('dictionary').value = state.dictionary;
   if (!there) {
-    $('count').textContent = run.analysis ? 'This dictionary was not analysed.' : 'The run has no analysis yet.';
+    $('count').replaceChildren('This dictionary was not analysed. All of them: ', el('code', {}, 'sae-factory analyze RUN --overwrite'));
     return;
   }
   const index = state.dictionary;
@@ -131,20 +140,19 @@ async function showTable() {
     });
   }
   refresh();
-  if (state.feature === null && table.rows.length) {
-    choose({ feature: table.rows.find((f) => data.status[f] !== 1) ?? table.rows[0] }, { push: false });
-  } else reveal(state.feature);
+  if (state.feature === null) chooseFirst();
+  else reveal(state.feature);
   if (!performance.getEntriesByName('first-table').length) performance.mark('first-table');
 }
 
 function startTable() {
-  const analysed = run.dictionaries.map((entry, index) => ({ entry, index })).filter(({ entry }) => entry.features);
-  if (!analysed.length) {
+  if (!run.dictionaries.some((entry) => entry.features)) {
     $('features').hidden = true;
     document.querySelector('[data-to="features"]').hidden = true;
     return;
   }
-  $('dictionary').append(...analysed.map(({ entry, index }) => el('option', { value: index }, plain(`${entry.name} · ${entry.architecture} ${entry.sparsity}`))));
+  $('dictionary').append(...run.dictionaries.map((entry, index) =>
+    el('option', { value: index }, plain(`${entry.name} · ${entry.architecture} ${entry.sparsity}${entry.features ? '' : ' (not analysed)'}`))));
   $('dictionary').addEventListener('change', (event) => choose({ dictionary: Number(event.target.value), feature: null }));
   $('status').append(...[['', 'all latents'], ['alive', 'alive'], ['dead', 'dead'], ['dense', 'dense']].map(([value, text]) => el('option', { value }, text)));
   const { tested, corpora } = run.analysis;
@@ -159,6 +167,7 @@ function startTable() {
   filter('status', $('status'));
   watch((changed) => {
     if (changed.includes('dictionary')) showTable();
+    else if (changed.includes('feature') && state.feature === null && chosen().features) chooseFirst();
     else if (changed.includes('feature') && table.data) {
       reveal(state.feature);
       paint();

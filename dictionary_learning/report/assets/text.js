@@ -38,9 +38,9 @@ function name(text) {
   return el('bdi', {}, visible(text));
 }
 
-// A name that may be broken behind its underscores and slashes.
+// A name that may be broken behind its underscores, slashes and dots, but not within a number.
 function breakable(text) {
-  return el('bdi', {}, String(text).split(/(?<=[_/.])/).flatMap((piece, i) => [i ? el('wbr') : null, visible(piece)]).filter(Boolean));
+  return el('bdi', {}, String(text).split(/(?<=[_/])|(?<=\.)(?!\d)/).flatMap((piece, i) => [i ? el('wbr') : null, visible(piece)]).filter(Boolean));
 }
 
 function put(node, given, children) {
@@ -73,9 +73,22 @@ function known(value) {
 function num(value, digits = 3) {
   if (!known(value)) return '–';
   if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6)) {
-    return value.toExponential(Math.max(0, digits - 1)).replace('e-', 'e−').replace('e+', 'e').replace(/^-/, '−');
+    return exponent(Number(value.toPrecision(digits)).toExponential());
   }
   return Number(value.toPrecision(digits)).toLocaleString('en', { maximumSignificantDigits: digits }).replace('-', '−');
+}
+
+// The same with its tail of zeros, so that the numbers of a column can be compared.
+function sig(value, digits = 3) {
+  if (!known(value) || value === 0) return num(value);
+  if (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6) return exponent(value.toExponential(digits - 1));
+  const rounded = Number(value.toPrecision(digits));
+  const decimals = Math.max(0, digits - 1 - Math.floor(Math.log10(Math.abs(rounded))));
+  return rounded.toLocaleString('en', { minimumFractionDigits: decimals, maximumFractionDigits: decimals }).replace('-', '−');
+}
+
+function exponent(text) {
+  return text.replace('e-', 'e−').replace('e+', 'e').replace(/^-/, '−');
 }
 
 function fixed(value, digits) {

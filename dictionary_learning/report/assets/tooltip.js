@@ -3,19 +3,21 @@
 const told = new WeakMap();
 let tipOf = null;
 
-function tells(node, content) {
-  told.set(node, content);
+// What follows the pointer tells of the place that it is at: its content is made for how far across the picture that is.
+function tells(node, content, { follow = false } = {}) {
+  told.set(node, { content, follow });
   return node;
 }
 
-function showTip(node) {
-  const content = told.get(node);
-  if (!content) return;
+function showTip(node, pointer = null) {
+  const { content, follow } = told.get(node);
+  const whole = (node.ownerSVGElement || node).getBoundingClientRect();
+  const at = follow && pointer ? { left: pointer.clientX, width: 0, top: pointer.clientY - 6, bottom: pointer.clientY + 14 } : null;
   const tip = $('tip');
   tipOf = node;
-  tip.replaceChildren(...content());
+  tip.replaceChildren(...content(at ? (at.left - whole.left) / (whole.width || 1) : 1));
   tip.hidden = false;
-  const box = node.getClientRects()[0] || node.getBoundingClientRect();
+  const box = at || node.getClientRects()[0] || node.getBoundingClientRect();
   const { width, height } = tip.getBoundingClientRect();
   const left = Math.min(Math.max(8, box.left + box.width / 2 - width / 2), document.documentElement.clientWidth - width - 8);
   const above = box.top - height - 8;
@@ -33,6 +35,7 @@ function followTip() {
   if (!tipOf) return;
   const { top, bottom } = tipOf.getBoundingClientRect();
   if (bottom < 0 || top > innerHeight || !tipOf.isConnected) hideTip();
+  else if (told.get(tipOf).follow) hideTip();
   else showTip(tipOf);
 }
 
@@ -44,8 +47,11 @@ function teller(target) {
 function startTooltips() {
   document.addEventListener('pointerover', (event) => {
     const node = teller(event.target);
-    if (node && node !== tipOf) showTip(node);
+    if (node && node !== tipOf) showTip(node, event);
     else if (!node) hideTip();
+  });
+  document.addEventListener('pointermove', (event) => {
+    if (tipOf && told.get(tipOf).follow) showTip(tipOf, event);
   });
   document.addEventListener('focusin', (event) => (told.has(event.target) ? showTip(event.target) : hideTip()));
   document.addEventListener('focusout', hideTip);
