@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from dictionary_learning import storage
+from dictionary_learning.command_line import parse
 from dictionary_learning.errors import UserError, did_you_mean, exit_code
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def run_command(args: EvaluateArgs) -> int:
         raise UserError(f"tokens must be at least 1, got {args.tokens}.")
     if args.split not in (None, *_SPLITS):
         raise UserError(f"Unknown split '{args.split}': use {', '.join(_SPLITS)}.{did_you_mean(args.split, _SPLITS)}")
+    if args.out is not None and args.out.expanduser().is_dir():
+        raise UserError(f"--out '{args.out}' is a folder: give a file, such as {args.out / 'metrics.json'}.")
     device = resolve_device(args.device)
     subjects = load_subjects(
         args.source,
@@ -88,6 +91,10 @@ def run_command(args: EvaluateArgs) -> int:
     if not (args.corpus or subjects.config.corpus):
         raise UserError("A dictionary outside of a run has no corpus of its own: add --corpus.")
     if args.verify:
+        if subjects.run is None:
+            raise UserError(
+                "--verify compares with the metrics of a run, and this dictionary is of none: leave it out."
+            )
         for subject in subjects.dictionaries:
             if subject.results is None:
                 raise UserError(f"{subject.name} has no eval_results.json to compare with: leave out --verify.")
@@ -214,7 +221,7 @@ def _same(stored: Any, measured: Any) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, 1 where `--verify` found a difference, 2 for what can be mended, 130 interrupted."""
-    args = tyro.cli(EvaluateArgs, args=argv, prog="sae-factory evaluate", use_underscores=True)
+    args = parse(EvaluateArgs, argv, "sae-factory evaluate")
     return exit_code(lambda: run_command(args))
 
 

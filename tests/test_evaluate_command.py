@@ -100,6 +100,7 @@ def test_on_other_text_all_of_it_is_taken(run: Path, tmp_path: Path, capsys: pyt
         (["--tokens", "0"], "tokens must be at least 1"),
         (["--split", "test"], "Unknown split 'test'"),
         (["--corpus", "nowhere.txt"], "Corpus 'nowhere.txt' not found"),
+        (["--out", "."], "--out '.' is a folder: give a file, such as metrics.json"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_2(
@@ -139,3 +140,12 @@ def test_sentence_encoders_are_measured_by_reconstruction(run: Path, tmp_path: P
     code, found = evaluate(other, "--hook_point", "sentence_embedding", "--tokens", "10")
     assert code == 0 and found["trainer_0"]["frac_recovered"] is None
     assert found["trainer_0"]["tokens"] >= 10 and found["trainer_0"]["l0"] <= K
+
+
+def test_a_dictionary_of_no_run_has_nothing_to_verify(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run / "trainer_0", tmp_path / "alone")
+    options = ["--corpus", "embedded", "--model_name", "embedded", "--hook_point", "resid_post_layer_1", "--verify"]
+    assert main([str(tmp_path / "alone"), "--device", "cpu", *options]) == 2
+    assert "this dictionary is of none" in capsys.readouterr().err

@@ -10,7 +10,8 @@ from typing import Literal
 
 import tyro
 
-from dictionary_learning.analysis.folder import AnalysisFolder
+from dictionary_learning.analysis.folder import COMPLETE, INFO, AnalysisFolder
+from dictionary_learning.command_line import parse
 from dictionary_learning.errors import UserError, did_you_mean, exit_code
 
 INTERRUPTED = "Interrupted: the same command goes on from the last saved state."
@@ -40,8 +41,8 @@ class AnalyzeArgs:
     ctx_len: int | None = None
     """Tokens in a context (left out: as in training)."""
     tokens: int | Literal["all"] = 200_000
-    """Tokens to see (of a sentence encoder's embeddings: texts); all: every text once. Of several corpora each gives
-    about the same number of characters, until it is used up."""
+    """Tokens to see (of a sentence encoder's embeddings: texts); all: every text once. Several corpora give about the
+    same number of characters each, until one is used up."""
     split: str = "all"
     """Of the text: all, or the train or heldout part of the run."""
     top: int = 10
@@ -68,6 +69,8 @@ class AnalyzeArgs:
     """Replace an analysis of other settings that is there. Descriptions of latents that did not change are kept."""
     state_every: int | None = None
     """Batches between saved states (default: a fifth of the pass; 0: only when stopped)."""
+    dry_run: bool = False
+    """Print what would be done, with the memory and disk space that it takes, and stop."""
 
 
 def run_command(args: AnalyzeArgs) -> int:
@@ -105,12 +108,14 @@ def run_command(args: AnalyzeArgs) -> int:
             out=args.out,
             overwrite=args.overwrite,
             state_every=args.state_every,
+            dry_run=args.dry_run,
         )
     except Stopped as stop:
         print(f"Stopped by {stop.reason} after {stop.seen}; the state is saved. Go on with:")
         print(f"  {record.resume_command().removesuffix(' --resume')}")
         return EXIT_CODES[stop.reason]
-    print_analysis(folder)
+    if not args.dry_run or (folder.path / INFO).is_file() and folder.info["status"] == COMPLETE:
+        print_analysis(folder)
     return 0
 
 
@@ -120,7 +125,7 @@ def print_analysis(folder: AnalysisFolder) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from dictionary_learning.analysis.concepts import print_concepts
+    from dictionary_learning.analysis.concepts import concepts, print_concepts
     from dictionary_learning.untrusted import shown
 
     info = folder.info
@@ -131,8 +136,14 @@ def print_analysis(folder: AnalysisFolder) -> None:
         table.add_column(column)
     for column in ("L0", "latents", "dead", "dense", *(["of one corpus"] if several else [])):
         table.add_column(column, justify="right")
+    against = info["settings"].get("against") or ()
+    told = {}  # name -> how much the ten most telling latents tell
     for entry in info["dictionaries"]:
-        specific = [f"{(folder.table(entry['name'])['corpus'] != '').sum():,}"] if several else []
+        columns = folder.table(entry["name"])
+        specific = [f"{(columns['corpus'] != '').sum():,}"] if several else []
+        if entry["alive"]:
+            found = concepts(columns, int(info["documents"]), against=against, limit=10)
+            told[entry["name"]] = sum(concept.score for concept in found)
         table.add_row(
             *(escape(shown(entry[key])) for key in ("name", "architecture", "hook_point")),
             f"{entry['l0']:.1f}",
@@ -140,15 +151,14 @@ def print_analysis(folder: AnalysisFolder) -> None:
             *specific,
         )
     Console(width=None if sys.stdout.isatty() else 150).print(table)
-    alive = [entry for entry in info["dictionaries"] if entry["alive"]]
-    if alive:  # one is enough to look at here: the sparsest, whose latents mean most
-        print_concepts(folder, min(alive, key=lambda entry: entry["l0"])["name"])
+    if told:  # one is enough to look at here
+        print_concepts(folder, max(told, key=told.__getitem__))
     print(f"Written to {folder.path}: analysis.json, and a folder for each dictionary.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, 2 for what can be mended (one sentence), 130 or 143 when stopped."""
-    args = tyro.cli(AnalyzeArgs, args=argv, prog="sae-factory analyze", use_underscores=True)
+    args = parse(AnalyzeArgs, argv, "sae-factory analyze")
     return exit_code(lambda: run_command(args), INTERRUPTED)
 
 

@@ -135,11 +135,12 @@ def print_concepts(folder: AnalysisFolder, name: str, limit: int = 10) -> None:
         print(f"No latent of {name} is of one concept that could be told from the text.")
         return
     table = Table(title=f"The most telling latents of {name}", title_justify="left")
-    for column in ("latent", "words", "share of samples", "documents", "log2 ratio to general text"):
+    against = [] if found[0].log2_ratio is None else ["log2 ratio to general text"]
+    for column in ("latent", "words", "share of samples", "documents", *against):
         table.add_column(column, justify="left" if column == "words" else "right")
     for concept in found:
-        ratio = "–" if concept.log2_ratio is None else f"{concept.log2_ratio:.1f}"
-        table.add_row(str(concept.feature), concept.label, f"{concept.share:.2f}", f"{concept.documents:,}", ratio)
+        ratio = [] if concept.log2_ratio is None else [f"{concept.log2_ratio:.1f}"]
+        table.add_row(str(concept.feature), concept.label, f"{concept.share:.2f}", f"{concept.documents:,}", *ratio)
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 

@@ -21,6 +21,7 @@ from dictionary_learning.analysis.description_prompts import Material
 from dictionary_learning.analysis.descriptions import Outcome, describe_features, estimate, whole_prompt
 from dictionary_learning.analysis.endpoint import ChatEndpoint
 from dictionary_learning.analysis.folder import DESCRIPTIONS, AnalysisFolder
+from dictionary_learning.command_line import parse
 from dictionary_learning.errors import UserError, exit_code
 
 SAVE_SECONDS = 2.0  # between two writings of the file, which may be large
@@ -205,7 +206,7 @@ def _print(folder: AnalysisFolder, name: str, features: Sequence[int], outcome: 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0; 2 for what can be mended (one sentence); 130 after Ctrl-C."""
-    args = tyro.cli(DescribeArgs, args=argv, prog="sae-factory describe", use_underscores=True)
+    args = parse(DescribeArgs, argv, "sae-factory describe")
     return exit_code(lambda: run_command(args), INTERRUPTED)
 
 

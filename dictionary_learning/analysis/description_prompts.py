@@ -92,11 +92,11 @@ class Material:
     def prompt(self, feature: int, explain: Sequence[Place]) -> str:
         """The question for a description."""
         row = {name: column[feature] for name, column in self.table.items()}
-        lines = [f"The latent is active on {row['density']:.3%} of all {'texts' if self._whole else 'tokens'}."]
+        lines = [f"The latent is active on {row['density']:.3%} of all {'texts' if self.whole else 'tokens'}."]
         if self._several:
             rates = ", ".join(f"{quoted(name)} {row[f'rate:{name}']:.3%}" for name in self._corpora)
             lines.append(f"By corpus: {rates}.")
-        lines.append(f"\nTexts on which it is active, the most active first{'' if self._whole else ', marked'}:")
+        lines.append(f"\nTexts on which it is active, the most active first{'' if self.whole else ', marked'}:")
         for number, place in enumerate(explain, 1):
             source = f", from {quoted(place.corpus)}" if self._several else ""
             lines.append(f"{number}. ({place.share:.0%}{source}) {quoted(place.marked)}")
@@ -106,14 +106,14 @@ class Material:
         return "\n".join(lines)
 
     @property
-    def _whole(self) -> bool:
+    def whole(self) -> bool:
         """Whether the unit is a whole text."""
         return self.top.token_FEW.shape[2] == 0
 
     def _place(self, kept: Examples, feature: int, at: int, largest: float) -> Place:
         share = float(kept.value_FE[feature, at]) / largest
         corpus = self._corpora[kept.corpus_FE[feature, at]] if self._corpora else ""
-        if self._whole:
+        if self.whole:
             text = self._text(int(kept.document_FE[feature, at]))
             return Place(text, text, share, corpus)
         inside = kept.token_FEW[feature, at] >= 0
@@ -138,7 +138,7 @@ class Material:
     def _probe(self, at: int) -> Place:
         assert self.probes is not None
         corpus = self._corpora[self.probes.corpus_R[at]] if self._corpora else ""
-        if self._whole:
+        if self.whole:
             text = self._text(int(self.probes.document_R[at]))
         else:
             pieces = self._pieces(self.probes.token_RW[at][self.probes.token_RW[at] >= 0])

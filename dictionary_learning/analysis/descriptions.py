@@ -42,6 +42,12 @@ EXPLAIN = (
     "Find what the marked places have in common and the rest has not: a word, a meaning, a subject, a place in a text. "
     'Answer with a JSON object and nothing else: {"description": "at most 20 words"}.'
 )
+EXPLAIN_WHOLE = (  # where rows are whole texts, no token is marked
+    "You name what a latent of a sparse autoencoder responds to. You are shown texts on which it is active, and how "
+    "active it is on each, of its largest activation. " + _DATA + " "
+    "Find what they have in common: a meaning, a subject, a form of text. "
+    'Answer with a JSON object and nothing else: {"description": "at most 20 words"}.'
+)
 DETECT = (
     "You are given the description of a feature of texts, and numbered texts. "
     + _DATA
@@ -64,7 +70,7 @@ def describe_feature(material: Material, feature: int, endpoint: ChatEndpoint, *
         UserError: no request can succeed (see `ChatEndpoint.ask`).
     """
     split = material.split(feature)
-    prompt = material.prompt(feature, split.explain)
+    prompt, explain = material.prompt(feature, split.explain), instruction(material)
     usage = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
     record: dict[str, Any] = {
         "description": None,
@@ -72,7 +78,7 @@ def describe_feature(material: Material, feature: int, endpoint: ChatEndpoint, *
         "score_interval": None,
         "judged": None,
         "model": endpoint.model,
-        "prompt": f"{EXPLAIN}\n\n{prompt}",
+        "prompt": f"{explain}\n\n{prompt}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "usage": usage,
     }
@@ -85,7 +91,7 @@ def describe_feature(material: Material, feature: int, endpoint: ChatEndpoint, *
         return answer.text
 
     try:
-        record["description"] = read_description(ask(EXPLAIN, prompt))
+        record["description"] = read_description(ask(explain, prompt))
         if score and _can_judge(split):
             texts, active = mixed(split, (material.seed, feature))
             chosen = read_numbers(ask(DETECT, detection_prompt(record["description"], texts)), len(texts))
@@ -223,7 +229,7 @@ def estimate(material: Material, features: Sequence[int], score: bool) -> tuple[
     requests = characters = 0
     for feature in features:
         split = material.split(feature)
-        prompts = [EXPLAIN + material.prompt(feature, split.explain)]
+        prompts = [instruction(material) + material.prompt(feature, split.explain)]
         if score and _can_judge(split):
             texts, _ = mixed(split, (material.seed, feature))
             prompts.append(DETECT + detection_prompt("x" * (DESCRIPTION_CHARACTERS // 2), texts))
@@ -234,7 +240,12 @@ def estimate(material: Material, features: Sequence[int], score: bool) -> tuple[
 
 def whole_prompt(material: Material, feature: int) -> str:
     """What the model is told and asked for a description: it is kept beside the description."""
-    return f"{EXPLAIN}\n\n{material.prompt(feature, material.split(feature).explain)}"
+    return f"{instruction(material)}\n\n{material.prompt(feature, material.split(feature).explain)}"
+
+
+def instruction(material: Material) -> str:
+    """What the model is told before it is shown examples."""
+    return EXPLAIN_WHOLE if material.whole else EXPLAIN
 
 
 def _is_done(old: Mapping[str, Any] | None, material: Material, feature: int, model: str, score: bool) -> bool:

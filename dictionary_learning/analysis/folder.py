@@ -19,6 +19,7 @@ import numpy as np
 from dictionary_learning.analysis.types import Examples, FeatureStatistics, Probes
 from dictionary_learning.errors import UserError, did_you_mean
 from dictionary_learning.storage import atomic_file, atomic_path, finite, read_json, write_json
+from dictionary_learning.untrusted import shown
 
 VERSION = 1
 RUNNING, COMPLETE = "running", "complete"
@@ -110,19 +111,25 @@ class AnalysisFolder:
 
     def table(self, name: str) -> dict[str, np.ndarray]:
         """The columns of features.parquet: arrays of F; those of strings and of lists hold Python objects."""
-        import pyarrow.parquet as parquet
+        import pyarrow
 
-        path = self.folder(name) / FEATURES
-        table = _readable(path, parquet.read_table)
-        columns = {column: _as_numpy(table.column(column)) for column in table.column_names}
-        if missing := [column for column in COLUMNS if column not in columns]:
-            raise UserError(f"'{path}' lacks the column {missing[0]}: it is damaged, or not the table of an analysis.")
-        return columns
+        from dictionary_learning.parquet_files import parquet_columns
+
+        path, types = self.folder(name) / FEATURES, {column: _arrow(kind) for column, kind in COLUMNS.items()}
+        table = _readable(path, lambda file: parquet_columns(file, types, pyarrow.float64()))
+        return {column: _as_numpy(table.column(column)) for column in table.column_names}
 
     def examples(self, name: str) -> tuple[Examples, Examples]:
         """(top activating places, samples from each quantile) of all latents."""
         arrays, _ = self._arrays(name, EXAMPLES, [f"{kind}.{short}" for kind in _KINDS for short in _EXAMPLE_ARRAYS])
         top, samples = (Examples(*(arrays[f"{kind}.{short}"] for short in _EXAMPLE_ARRAYS)) for kind in _KINDS)
+        for part in (top, samples):
+            dtypes = [array.dtype for array in part]
+            dims = [array.shape[:2] + array.shape[3:] for array in part]  # F and E, and nothing behind W
+            if dtypes != _EXAMPLE_DTYPES or set(dims) != {part.value_FE.shape} or part.value_FE.ndim != 2:
+                raise UserError(f"'{self.path / name / EXAMPLES}' is damaged: its arrays are not those of examples.")
+            if part.token_FEW.ndim != 3 or part.token_FEW.shape != part.act_FEW.shape:
+                raise UserError(f"'{self.path / name / EXAMPLES}' is damaged: its windows do not fit.")
         return top, samples
 
     def statistics(self, name: str) -> FeatureStatistics:
@@ -276,6 +283,7 @@ class AnalysisFolder:
 
 _KINDS = ("top", "sample")
 _EXAMPLE_ARRAYS = [name.rpartition("_")[0] for name in Examples._fields]  # value_FE is kept as top.value
+_EXAMPLE_DTYPES = [np.dtype(name) for name in ("float32", "int64", "int32", "int16", "int32", "float32", "int16")]
 _ARRAYS = [
     field.name
     for field in dataclasses.fields(FeatureStatistics)
@@ -295,7 +303,8 @@ def _readable(path: Path, read: Callable[[Path], _Read]) -> _Read:
     try:
         return read(path)
     except Exception as error:  # pyarrow, safetensors and json each have errors of their own; all mean the same
-        raise UserError(f"'{path}' can't be read ({type(error).__name__}): it is damaged.") from error
+        why = f"{type(error).__name__}: {shown(error, 200)}"
+        raise UserError(f"'{path}' can't be read ({why}): it is damaged, or not of an analysis.") from error
 
 
 def _numbered(path: Path) -> dict[int, Any]:
@@ -304,7 +313,7 @@ def _numbered(path: Path) -> dict[int, Any]:
         return {}
     data = read_json(path)
     try:
-        return {int(key): value for key, value in data.items()}
+        return {int(key): finite(value) for key, value in data.items()}
     except (AttributeError, ValueError) as error:
         raise UserError(f"'{path}' is damaged: it should be an object whose keys are numbers.") from error
 

@@ -8,7 +8,7 @@ A step runs the new tokens alone, behind the keys and values that the model kept
 effect of what was done to those. Prompts of any lengths share a batch, which moves on a token at a time from the end of
 the shortest prompt: rows whose prompt is longer read on where others write. All rows then have one length at any time,
 and need neither padding nor masks nor positions of their own. A model without a cache of keys and values runs the whole
-sequence each time.
+sequence each time, and so does one whose keys of earlier tokens no longer hold once the sequence is longer.
 """
 
 from __future__ import annotations
@@ -123,11 +123,13 @@ def _write(
     end, steps = lm.tokenizer.eos_token_id, draws_CS.shape[1]
     tokens_CL = torch.nn.functional.pad(prompts_CL, (0, steps))
     stop_C, open_C = begin_C.clone(), torch.ones(len(begin_C), dtype=torch.bool)
-    past = lm.new_cache()
+    past, turns = lm.new_cache(), _turns(lm)
     for upto in sorted({begin + step for begin in begin_C.tolist() for step in range(steps)}):
         going_C = open_C & (upto < begin_C + steps)
         if not going_C.any():
             break
+        if past is not None and turns(past.get_seq_length(), upto):
+            past = lm.new_cache()
         logits_CV = _next_logits(lm, tokens_CL[:, :upto], placed, past)
         rows_C = (going_C & (begin_C <= upto)).nonzero().flatten()
         next_C = draw(logits_CV[rows_C], draws_CS[rows_C, upto - begin_C[rows_C]])
@@ -137,6 +139,28 @@ def _write(
         open_C[rows_C[ended_C]] = False
     spans = zip(begin_C.tolist(), stop_C.tolist(), strict=True)
     return [tokens_CL[row, begin:stop].tolist() for row, (begin, stop) in enumerate(spans)]
+
+
+def _turns(lm: TracedLM) -> Callable[[int, int], bool]:
+    """Whether keys that were made for so many tokens do not hold for a sequence of so many.
+
+    Rotary positions turn keys by fixed angles in most models. In two kinds (transformers, `modeling_rope_utils`) the
+    angles of all positions depend on the length of the sequence: "longrope" (phi-3) has others beyond the length that
+    the model was first trained on, "dynamic" others at each length beyond it. Models with a kind for each type of layer
+    name them one by one.
+    """
+    config = getattr(lm.module, "config", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    known = getattr(config, "original_max_position_embeddings", None) or getattr(config, "max_position_embeddings", 0)
+    ends: dict[str, list[int]] = {"longrope": [], "dynamic": []}
+    for kind in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if (name := kind.get("rope_type", kind.get("type"))) in ends:
+            ends[name].append(int(kind.get("original_max_position_embeddings") or known or 0))
+
+    def turns(before: int, upto: int) -> bool:
+        return any(before <= end < upto for end in ends["longrope"]) or any(upto > end for end in ends["dynamic"])
+
+    return turns
 
 
 def _next_logits(lm: TracedLM, tokens_CL: Tensor, placed: Sequence[_Placed], past: Any | None) -> Tensor:

@@ -35,6 +35,7 @@ from dictionary_learning.analysis.folder import (
 )
 from dictionary_learning.analysis.mixed_texts import MOST_LABELS, OTHERS, NamedCorpus, open_corpora
 from dictionary_learning.analysis.one_pass import Measures, OnePass
+from dictionary_learning.analysis.plan import print_plan, size, too_much
 from dictionary_learning.analysis.subjects import Subjects, load_reader, load_subjects, unit_of
 from dictionary_learning.analysis.tables import write_dictionary
 from dictionary_learning.errors import UserError
@@ -66,6 +67,7 @@ def analyze(
     out: Path | None = None,
     overwrite: bool = False,
     state_every: int | None = None,
+    dry_run: bool = False,
     lm: Any = None,
 ) -> AnalysisFolder:
     """Analyse dictionaries on text, or go on with the analysis that is there; its folder, complete.
@@ -77,6 +79,7 @@ def analyze(
         out: folder of the analysis; by default the folder `analysis` of the run.
         overwrite: drop an analysis of other settings that is there.
         state_every: batches between saved states; by default a fifth of the pass, 0 saves one only when stopped.
+        dry_run: print what would be done and what that takes, and leave the folder as it is.
         lm: the model, where it is in memory already.
 
     Raises:
@@ -113,7 +116,12 @@ def analyze(
         if begun["status"] == COMPLETE:
             return folder
     one_pass = OnePass(subjects, lm, corpora, measures)
-    print(f"Memory of the statistics: at most {one_pass.bytes_needed / 1e6:,.0f} MB.")
+    if dry_run:
+        print_plan(one_pass, subjects.config, lm, folder.path)
+        return folder
+    print(f"Memory: at most {size(one_pass.bytes_needed)} beside the model and the dictionaries.")
+    if sentence := too_much(one_pass):
+        warn(sentence)
     with _said_of(folder.path), stop_requests() as request:
         if begun is None or overwrite:
             _clear(folder, begun, header)

@@ -17,8 +17,9 @@ import numpy as np
 from dictionary_learning import storage
 from dictionary_learning.activations.types import ActivationBatch, Provenance
 from dictionary_learning.analysis.mixed_texts import MOST_LABELS, MixedTexts, NamedCorpus
+from dictionary_learning.analysis.plan import bytes_of_writing
 from dictionary_learning.analysis.statistics import StatisticsPass, bytes_needed
-from dictionary_learning.analysis.subjects import Subjects, make_source, unit_of
+from dictionary_learning.analysis.subjects import Subject, Subjects, make_source, unit_of
 from dictionary_learning.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,9 +93,20 @@ class OnePass:
 
     @property
     def bytes_needed(self) -> int:
-        """Memory of the statistics, whatever the length of the pass: the states of all, the work of one at a time."""
+        """Memory that the pass and the writing of its files take, whatever its length: the states of all dictionaries,
+        and the work on one at a time."""
+        writing = max(bytes_of_writing(s.dictionary.dict_size, self.unit, self.measures) for s in self.subjects)
+        return self.state_bytes + max(writing, *(work for _, work in self._bytes()))
+
+    @property
+    def state_bytes(self) -> int:
+        """Of that, what is kept between batches, and saved."""
+        return sum(state for state, _ in self._bytes())
+
+    def _bytes(self) -> list[tuple[int, int]]:
+        """`bytes_needed` of each dictionary."""
         window = 0 if self.unit == "text" else self.measures.window
-        needed = [
+        return [
             bytes_needed(
                 subject.dictionary.dict_size,
                 top=self.measures.top,
@@ -102,12 +114,11 @@ class OnePass:
                 window=window,
                 corpora=max(MOST_LABELS, len(self.texts.corpora) + 1),
                 coactive=self.measures.coactive,
-                l0=_number((subject.results or {}).get("l0")),
+                l0=_l0_at_most(subject),
                 device=subject.dictionary.decoder_rows.device,
             )
             for subject in self.subjects
         ]
-        return sum(state for state, _ in needed) + max(work for _, work in needed)
 
     def run(self, states: Path, state_every: int | None, stopped: Callable[[], bool]) -> bool:
         """Walk on to the end, saving states on the way and at the end: whether that was reached."""
@@ -198,5 +209,7 @@ class OnePass:
             one.load_state_dict(state["passes"][name])
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+def _l0_at_most(subject: Subject) -> float | None:
+    """Latents active in a row, with room for texts on which more fire than on those that it was measured on."""
+    l0 = (subject.results or {}).get("l0")
+    return 4 * float(l0) if isinstance(l0, int | float) else None

@@ -2,26 +2,28 @@
 
 In: a dictionary with its model and hook point (from its run or config), latents, prompts. Out: tables and coloured
 tokens in the terminal, and a file where one is asked for: all numbers (.json), the terminal's view (.html), heat maps
-(.png, .svg, .pdf).
+(.png, .svg, .pdf). Of a sentence encoder, which predicts nothing, see `steer_texts.py`.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from dictionary_learning.command_line import parse
 from dictionary_learning.errors import UserError, did_you_mean, exit_code
 
 if TYPE_CHECKING:
     from dictionary_learning.analysis.generation import Continuation
     from dictionary_learning.analysis.interventions import Comparison, Intervention
     from dictionary_learning.analysis.prompts import Positions
+    from dictionary_learning.analysis.steer_views import View
     from dictionary_learning.analysis.subjects import Subject, Subjects
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -31,7 +33,7 @@ FORMATS = (".json", ".html", *PICTURES)
 @dataclass
 class SteerArgs:
     """Change latents of a dictionary while its model reads prompts: predictions and continuations, original beside
-    modified."""
+    modified; of a sentence encoder embeddings, and what they are similar to."""
 
     dictionary: tyro.conf.Positional[str]
     """The folder of a dictionary (runs/first/trainer_3), one on the Hub (hf://user/repo/trainer_3), or a run, whose
@@ -56,9 +58,9 @@ class SteerArgs:
     drop_error: bool = False
     """Replace the activations there by the dictionary's reconstruction, instead of keeping what it does not explain."""
     k: int = 10
-    """Next tokens listed."""
+    """Next tokens listed; of a sentence encoder, texts."""
     watch: tuple[str, ...] = ()
-    """Tokens whose probabilities to list, too, as ' aspirin'."""
+    """Tokens whose probabilities to list, too, as ' aspirin'; of a sentence encoder, texts to compare prompts with."""
     at: int = -1
     """Token of the prompt behind which the next tokens are listed."""
     max_new_tokens: int = 40
@@ -90,7 +92,7 @@ def steer(args: SteerArgs) -> int:
         UserError: see `Intervention`, `compare` and `generate`; a file that can't be read or written; or none of the
             latents fires, so that a mode that scales them changes nothing.
     """
-    from dictionary_learning.analysis import steer_views
+    from dictionary_learning.analysis import steer_texts, steer_views
     from dictionary_learning.analysis.generation import generate
     from dictionary_learning.analysis.interventions import Intervention, compare
     from dictionary_learning.analysis.subjects import load_reader
@@ -102,10 +104,7 @@ def steer(args: SteerArgs) -> int:
     subjects = _load(args, device)
     subject = subjects.dictionaries[0]
     if subjects.config.sentence is not None:
-        raise UserError(
-            f"{subject.name} is of a sentence encoder, which predicts no tokens: see steer_embeddings in "
-            "docs/interventions.md."
-        )
+        steer_texts.refuse_options_of_language_models(args)
     intervention = Intervention(
         subject.site,
         subject.dictionary,
@@ -117,6 +116,14 @@ def steer(args: SteerArgs) -> int:
         _units(args, subjects, subject),
     )
     lm: Any = load_reader(subjects, device)
+    title = f"{subject.name} at {subject.facts['hook_point']} of {subjects.config.model_name}"
+    if subjects.config.sentence is not None:
+        found = steer_texts.compare_texts(
+            lm, prompts, intervention, args.watch, subjects.config.sentence, title=title, k=args.k
+        )
+        steer_texts.print_view(found)
+        _write(args, found.to_dict, lambda: steer_views.page(steer_texts.tables(found)))
+        return 0
     comparisons = compare(lm, prompts, intervention, k=args.k, watch=args.watch, bos=args.bos)
     for number, comparison in enumerate(comparisons):
         if not -len(comparison.tokens) <= args.at < len(comparison.tokens):
@@ -134,19 +141,22 @@ def steer(args: SteerArgs) -> int:
             scope=args.scope,
             bos=args.bos,
         )
+    unchanged = all(one.original_ids == one.modified_ids for one in continuations)
+    if unchanged and not any(one.changed_T.any() for one in comparisons):
+        raise UserError(
+            "Nothing is changed: all tokens of the prompts are special, and dictionaries don't act on those."
+        )
     silent = _silent(intervention, comparisons)
-    if set(silent) == set(args.features) and all(one.original_ids == one.modified_ids for one in continuations):
+    if unchanged and set(silent) == set(args.features):
         which = f"Latent {silent[0]} never fires" if len(silent) == 1 else f"None of latents {silent} ever fires"
         raise UserError(
             f"{which} at the chosen tokens, so '{args.mode}' changes nothing: take prompts in which it fires, or use "
             "--mode set."
         )
-    title = f"{subject.name} at {subject.facts['hook_point']} of {subjects.config.model_name}"
     view = steer_views.View(title, intervention, comparisons, continuations, args.at, silent)
     steer_views.print_view(view)
-    if args.out is not None:
-        _write(args.out, view, args)
-        print(f"Written to {args.out}.")
+    settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed, "scope": args.scope}
+    _write(args, lambda: view.to_dict() | {"generation": settings}, lambda: steer_views.html(view), view)
     return 0
 
 
@@ -264,28 +274,32 @@ def _silent(intervention: Intervention, comparisons: Sequence[Comparison]) -> li
     ]
 
 
-def _write(path: Path, view: Any, args: SteerArgs) -> None:
+def _write(args: SteerArgs, numbers: Callable[[], Any], page: Callable[[], str], view: View | None = None) -> None:
+    """Write --out, if there is one, and say so. view: what there are pictures of."""
     from dictionary_learning.analysis import steer_views
     from dictionary_learning.storage import atomic_path, write_json
 
-    path, kind = path.expanduser(), path.suffix.lower()
+    if args.out is None:
+        return
+    path, kind = args.out.expanduser(), args.out.suffix.lower()
     try:
         if kind == ".json":
-            settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed, "scope": args.scope}
-            write_json(path, view.to_dict() | {"generation": settings})
-            return
-        with atomic_path(path) as temporary:
-            if kind == ".html":
-                temporary.write_text(steer_views.html(view), encoding="utf-8")
-            else:
-                steer_views.draw(view, temporary, kind.removeprefix("."))
+            write_json(path, numbers())
+        else:
+            with atomic_path(path) as temporary:
+                if kind == ".html":
+                    temporary.write_text(page(), encoding="utf-8")
+                else:
+                    assert view is not None
+                    steer_views.draw(view, temporary, kind.removeprefix("."))
     except OSError as error:
         raise UserError(f"'{path}' can't be written: {error.strerror or error}.") from error
+    print(f"Written to {args.out}.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, 2 for what the user can mend (one sentence), 130 for Ctrl-C."""
-    args = tyro.cli(SteerArgs, args=argv, use_underscores=True, prog="sae-factory steer")
+    args = parse(SteerArgs, argv, "sae-factory steer")
     return exit_code(lambda: steer(args))
 
 

@@ -9,6 +9,7 @@ apart; the numbers stand beside them.
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,30 +44,38 @@ class View:
     @property
     def doing(self) -> str:
         """The intervention in words."""
-        one = self.intervention
-        features = ", ".join(map(str, one.features))  # type: ignore[arg-type]
-        value = "" if one.value is None else f" {one.value:g}"
-        multiples = " x its largest activation" if set(one.unit) != {1.0} else ""  # type: ignore[arg-type]
-        return f"{one.mode}{value}{multiples}, latent {features}" + (", error dropped" if one.drop_error else "")
+        return in_words(self.intervention)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON can hold it."""
-        one = self.intervention
         prompts = [comparison.to_dict() for comparison in self.comparisons]
         for prompt, found in zip(prompts, self.continuations, strict=False):
             prompt["continuation"] = {"original": found.original, "modified": found.modified}
         return {
             "dictionary": self.title,
-            "intervention": {
-                "features": list(one.features),  # type: ignore[arg-type]
-                "mode": one.mode,
-                "value": one.value,
-                "unit": list(one.unit),  # type: ignore[arg-type]
-                "drop_error": one.drop_error,
-            },
+            "intervention": as_json(self.intervention),
             "never_fires": self.silent,
             "prompts": prompts,
         }
+
+
+def in_words(one: Intervention) -> str:
+    """What an intervention does."""
+    features = ", ".join(map(str, one.features))  # type: ignore[arg-type]
+    value = "" if one.value is None else f" {one.value:g}"
+    multiples = " x its largest activation" if set(one.unit) != {1.0} else ""  # type: ignore[arg-type]
+    return f"{one.mode}{value}{multiples}, latent {features}" + (", error dropped" if one.drop_error else "")
+
+
+def as_json(one: Intervention) -> dict[str, Any]:
+    """An intervention as JSON can hold it."""
+    return {
+        "features": list(one.features),  # type: ignore[arg-type]
+        "mode": one.mode,
+        "value": one.value,
+        "unit": list(one.unit),  # type: ignore[arg-type]
+        "drop_error": one.drop_error,
+    }
 
 
 def shown(text: str, *, spaces: bool = False) -> str:
@@ -85,16 +94,24 @@ def shown(text: str, *, spaces: bool = False) -> str:
 # ---- terminal and HTML -------------------------------------------------------------------------------------------
 
 
+def stdout() -> Console:
+    """As wide as the terminal, or as wide as tables need where the output goes elsewhere."""
+    return Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False)
+
+
 def print_view(view: View) -> None:
     """To stdout, with colours where that is a terminal."""
-    import sys
-
-    console = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, highlight=False)
+    console = stdout()
     console.print(_renderable(view, coloured=console.color_system is not None))
 
 
 def html(view: View) -> str:
     """The same as a page of its own."""
+    return page(_renderable(view, coloured=True))
+
+
+def page(parts: RenderableType) -> str:
+    """What a terminal would show as HTML."""
     console = Console(
         record=True,
         file=io.StringIO(),
@@ -104,7 +121,7 @@ def html(view: View) -> str:
         highlight=False,
         legacy_windows=False,
     )
-    console.print(_renderable(view, coloured=True))
+    console.print(parts)
     return console.export_html(inline_styles=True)
 
 
@@ -115,7 +132,14 @@ def _renderable(view: View, coloured: bool) -> RenderableType:
         parts.append(Text(f"Latent {number} fires at none of the chosen tokens: it is left as it is."))
     for number, one in enumerate(view.comparisons):
         parts += [Text(), Text(f"Prompt {number}: ", style="bold").append(shown(one.prompt), style="not bold")]
-        parts += [*([_heat_map(one)] if coloured else []), _changes(one), _next(one, view.at)]
+        if not one.changed_T.any():
+            why = "all its tokens are special" if view.intervention.positions == "all" else "the pattern is not in it"
+            parts.append(Text(f"Nothing is changed at the prompt's tokens: {why}."))
+        elif not one.kl_T.any():
+            parts.append(Text("No prediction changes."))
+        else:
+            parts += [*([_heat_map(one)] if coloured else []), _changes(one)]
+        parts.append(_next(one, view.at))
         if one.watched:
             parts.append(_watched(one, view.at))
         if view.continuations:
@@ -155,8 +179,7 @@ def _changes(one: Comparison) -> Table:
         if not one.kl_T[position]:
             break
         codes = [
-            f"{before + 0.0:.3g} → {after + 0.0:.3g}"  # without the sign of a negative zero
-            for before, after in zip(one.before_Tn[position], one.after_Tn[position], strict=True)
+            arrow(before, after) for before, after in zip(one.before_Tn[position], one.after_Tn[position], strict=True)
         ]
         table.add_row(str(position), _token(one.tokens[position]), f"{one.kl_T[position]:.4f}", *codes)
     return table
@@ -190,6 +213,11 @@ def _continuation(found: Continuation) -> Table:
         table.add_column(name, ratio=1)
     table.add_row(Text(shown(found.original)), Text(shown(found.modified)))
     return table
+
+
+def arrow(before: float, after: float) -> str:
+    """A code before and after, without the sign of a negative zero."""
+    return f"{before + 0.0:.3g} → {after + 0.0:.3g}"
 
 
 def _token(token: str) -> Text:

@@ -225,6 +225,8 @@ def _front(run: Path | None) -> dict[str, list[str]]:
     """What "front" and "best" stand for. Raises UserError where no summary says it."""
     if run is None:
         raise UserError("Only a run has a front: name its folder, or the dictionaries themselves.")
+    if not (run / "summary.csv").is_file():
+        raise UserError(f"The run in '{run}' has no summary yet, which says which are best: name a dictionary of it.")
     rows = read_summary(run / "summary.csv")
     return {FRONT: [row["trainer"] for row in rows if row["front"]], BEST: [best_of(rows)["trainer"]]}
 
@@ -232,7 +234,8 @@ def _front(run: Path | None) -> dict[str, list[str]]:
 def _chosen(names: list[str], chosen: Sequence[str], front: dict[str, list[str]]) -> list[str]:
     wanted = {name for word in chosen for name in front.get(word, [word])}
     for name in sorted(wanted - set(names)):
-        raise UserError(f"There is no dictionary '{name}', but {', '.join(names)}.{did_you_mean(name, names)}")
+        near = did_you_mean(name, [*names, FRONT, BEST])
+        raise UserError(f"There is no dictionary '{name}', but {', '.join(names)}.{near}")
     return [name for name in names if not wanted or name in wanted]
 
 

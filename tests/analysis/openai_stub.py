@@ -42,6 +42,7 @@ class ChatStub:
         self.failures: list[Failure] = []
         self.always: Failure | None = None
         self.delay = 0.0
+        self.together: threading.Barrier | None = None  # where requests wait for each other
         self.requests: list[tuple[dict[str, str], dict[str, Any]]] = []
         self.paths: list[str] = []
         self.at_once = self.most_at_once = 0
@@ -84,6 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
             stub.at_once += 1
             stub.most_at_once = max(stub.most_at_once, stub.at_once)
             failure = stub.failures.pop(0) if stub.failures else stub.always
+        if stub.together is not None:
+            stub.together.wait(60)
         time.sleep(stub.delay if failure is None else failure.delay)
         with stub.lock:
             stub.at_once -= 1
@@ -107,6 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response(status)
             for name, value in {"Content-Length": str(len(data)), **headers}.items():
                 self.send_header(name, value)
+            self.close_connection |= "Content-Length" in headers  # more was promised than comes
             self.end_headers()
             self.wfile.write(data)
         except OSError:

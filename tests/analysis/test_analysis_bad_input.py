@@ -42,7 +42,7 @@ def test_dead_dictionaries_are_said_to_be_dead(run: Path, capsys: pytest.Capture
             {"dictionaries": ["trainer_5"]},
             "no dictionary 'trainer_5', but trainer_0, trainer_1.*Did you mean 'trainer_",
         ),
-        ({"dictionaries": ["front"]}, "not a run's summary"),
+        ({"dictionaries": ["front"]}, "has no summary yet, which says which are best"),
         ({"hook_point": "resid_post_layer_9"}, "Layer 9 .* is out of range"),
         (
             {"hook_point": "transformer.h.0.mlp.c_fc"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from openai_stub import ChatStub, Failure, guesses, is_detection, knows, numbere
 
 from dictionary_learning.analysis.describe import main
 from dictionary_learning.analysis.description_prompts import JUDGED, Material
-from dictionary_learning.analysis.descriptions import detection_score, read_description, read_numbers
+from dictionary_learning.analysis.descriptions import detection_score, read_description, read_numbers, whole_prompt
 from dictionary_learning.analysis.endpoint import NoAnswer
 from dictionary_learning.analysis.folder import AnalysisFolder
 from dictionary_learning.errors import UserError
@@ -141,6 +142,7 @@ def test_whole_texts_are_shown_unmarked_and_cut(analysis: AnalysisFolder) -> Non
     top, samples = analysis.examples("trainer_0")
     whole = [kept._replace(token_FEW=kept.token_FEW[..., :0], act_FEW=kept.act_FEW[..., :0]) for kept in (top, samples)]
     material = Material(analysis, "trainer_0")
+    assert "<<marks>>" in whole_prompt(material, 0)
     material.top, material.samples = whole
     assert material.probes is not None
     material.probes = material.probes._replace(token_RW=material.probes.token_RW[:, :0])
@@ -151,7 +153,7 @@ def test_whole_texts_are_shown_unmarked_and_cut(analysis: AnalysisFolder) -> Non
         number >= 1000 and number % len(WORDS) != 1000 % len(WORDS) for number in numbers
     )
     assert all(len(place.plain) <= 601 and place.marked == place.plain for place in split.explain)
-    assert "of all texts" in material.prompt(0, split.explain)
+    assert "of all texts" in (prompt := whole_prompt(material, 0)) and "mark" not in prompt and "<<" not in prompt
 
 
 def test_a_document_counts_once_and_one_alone_gives_a_description_without_a_score(
@@ -230,7 +232,7 @@ def test_a_refused_key_on_the_way_keeps_what_was_answered_and_a_second_run_finis
 
 
 def test_requests_run_beside_each_other_but_not_more_than_asked(describe: Callable[..., int], stub: ChatStub) -> None:
-    stub.delay = 0.2
+    stub.together, stub.delay = threading.Barrier(3), 0.2
     describe("--parallel", "3", "--no-score")
     assert stub.most_at_once == 3
 

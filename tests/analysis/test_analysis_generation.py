@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from steering_cases import FAMILIES, POINT, F, by_hand, dictionary, models, own
+from steering_cases import FAMILIES, POINT, VOCAB, F, by_hand, dictionary, models, own
 
 from dictionary_learning.activations.traced_lm import TracedLM
 from dictionary_learning.analysis import generation
@@ -15,6 +15,7 @@ from dictionary_learning.analysis.generation import choose, generate
 from dictionary_learning.analysis.interventions import Intervention
 from dictionary_learning.analysis.prompts import read_prompts
 from dictionary_learning.errors import UserError
+from tests.conftest import byte_tokenizer
 
 PROMPTS = ["The heart pumps blood.", "Aspirin", "A 54-year-old man has chest pain."]
 ALL = list(range(F))
@@ -97,6 +98,40 @@ def test_the_cache_changes_neither_tokens_nor_logits(
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
     longest = read_prompts(lm, PROMPTS).tokens_CL.shape[1]
     assert few <= 2 * len(PROMPTS) * (longest + 11) < many / 5, "each token goes through the model once"
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_the_cache_is_made_anew_where_all_positions_turn(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond a length long RoPE turns keys by other angles, and dynamic NTK by others at each length: also old ones."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"original_max_position_embeddings": 20, "short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=4,
+        intermediate_size=64,
+        num_attention_heads=4,
+        max_position_embeddings=80 if kind == "longrope" else 20,
+        rope_parameters=rope,
+    )
+    module = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(4 if parameter.ndim > 1 else 1)
+    lm = TracedLM.load(module, byte_tokenizer(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"))
+    monkeypatch.setattr(TracedLM, "max_positions", None)
+    lm.resolve([POINT])
+    one = Intervention(POINT, dictionary(), 3, "add", 25.0)
+    cached, logits, few = logits_of(monkeypatch, lm, True, interventions=one, max_new_tokens=12)
+    whole, expected, many = logits_of(monkeypatch, lm, False, interventions=one, max_new_tokens=12)
+    assert cached == whole
+    for found, wanted in zip(logits, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert few < many
 
 
 def test_a_model_that_leaves_the_cache_empty_is_run_anew_each_time(lm: TracedLM) -> None:

@@ -274,3 +274,4 @@ def test_the_telling_latents_of_an_analysis_are_printed(tmp_path: Path, capsys: 
     print_concepts(folder, "trainer_0", 2)
     out = capsys.readouterr().out
     assert "fracture" in out and "insulin" in out and "kidney" not in out
+    assert ("general text" in out) == bool(folder.info["settings"].get("against"))

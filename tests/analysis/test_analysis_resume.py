@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,17 @@ from dictionary_learning.analysis.one_pass import Measures
 from dictionary_learning.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+KILLED_BEHIND_A_STATE = """
+import os, signal, sys
+from dictionary_learning import storage
+from dictionary_learning.analysis import command
+save_state = storage.save_state
+def deadly(*arguments):
+    save_state(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+storage.save_state = deadly
+sys.exit(command.main(sys.argv[1:]))
+"""
 
 
 @pytest.mark.parametrize("unit", ["token", "text"])
@@ -84,15 +94,11 @@ def test_a_stopped_analysis_goes_on_to_the_same_bytes(
 def test_an_analysis_whose_process_was_killed_goes_on(
     original: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, "-m", "dictionary_learning.analysis.command", str(run), "--tokens", "2000", "--top", "3"]
+    command = [sys.executable, "-c", KILLED_BEHIND_A_STATE, str(run), "--tokens", "2000", "--top", "3"]
     command += ["--samples", "6", "--window", "8", "--ablate", "5", "--state_every", "1", "--device", "cpu"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list((run / "analysis" / "state").glob("step_*")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    killed = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert json.loads((run / "analysis" / "analysis.json").read_text())["status"] == "running"
     analyze(run, measures=Measures(**SMALL), device="cpu")
     assert "Going on after" in capsys.readouterr().out

@@ -260,6 +260,25 @@ def test_a_prompt_and_its_continuation_must_fit(folder: Path, lm: TracedLM, caps
     assert "ask for fewer new tokens" in capsys.readouterr().err
 
 
+def test_prompts_of_special_tokens_alone_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--features", 3, "--mode", "set", "--value", 30, "--scope", "prompt", "--max_new_tokens", 2]
+    special = "<|endoftext|>"
+    assert steer(folder, "--prompts", special, *options) == 2
+    assert "all tokens of the prompts are special" in capsys.readouterr().err
+    assert steer(folder, "--prompts", special, PROMPT, *options) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("all its tokens are special") == 1 and printed.count("where predictions change") == 1
+    assert steer(folder, "--prompts", "Pain", PROMPT, *options, "--matching", "nerve") == 0
+    assert "Nothing is changed at the prompt's tokens: the pattern is not in it." in capsys.readouterr().out
+    assert steer(folder, "--prompts", special, *options[:-4], "--max_new_tokens", 2) == 0  # what it writes is changed
+
+
+def test_a_factor_of_one_changes_no_prediction(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--features", *range(F), "--mode", "amplify", "--value", 1, "--max_new_tokens", 0]
+    assert steer(folder, "--prompts", PROMPT, *options) == 0
+    assert "No prediction changes." in capsys.readouterr().out
+
+
 # ---- the page ----------------------------------------------------------------------------------------------------
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "interventions.md").read_text(encoding="utf-8")
@@ -286,8 +305,7 @@ def test_the_snippets_of_the_page_run_one_after_the_other(
     assert all(one.kl_T.max() > 0 for one in names["found"])
     assert names["texts"][0].prompt == "The patient was given" and len(names["texts"][0].modified_ids) <= 20
     assert names["effects"].top_tokens_Fk.shape == (F, 10)
-    (command,) = snippets("bash")
-    program, subcommand, *arguments = shlex.split(command)
+    program, subcommand, *arguments = shlex.split(snippets("bash")[0])
     assert (program, subcommand) == ("sae-factory", "steer") and main(arguments) == 0
     assert "set 30, latent 12, 40" in capsys.readouterr().out
 
@@ -299,7 +317,7 @@ def test_the_snippet_on_sentence_encoders_runs(tmp_path: Path, monkeypatch: pyte
     torch.manual_seed(0)
     sae = AutoEncoder(384, F).requires_grad_(False)
     sae.encoder_bias[3] = 1.0  # so that it fires
-    folder = save(
+    save(
         sae,
         tmp_path / "runs" / "sentence" / "trainer_0",
         lm_name=str(minilm.MODEL_DIR),
@@ -310,8 +328,10 @@ def test_the_snippet_on_sentence_encoders_runs(tmp_path: Path, monkeypatch: pyte
     exec("from dictionary_learning.analysis.subjects import load_reader, load_subjects", names)
     exec(compiled(snippets("python")[3]), names)
     assert names["moved"].cosine_N.shape == (2,) and names["moved"].cosine_N.max() < 0.9999
-    assert steer(folder, "--features", 3, "--mode", "ablate", "--prompts", "Pain") == 2
-    assert "is of a sentence encoder, which predicts no tokens: see steer_embeddings" in capsys.readouterr().err
+    program, subcommand, *arguments = shlex.split(snippets("bash")[1])
+    assert (program, subcommand) == ("sae-factory", "steer") and main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "how far embeddings move" in printed and "A guitar" in printed
 
 
 def compiled(snippet: str) -> Any:
