@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 ROOM, TIMES = 64 << 20, 20  # bytes that a file may unfold to: so many, and so many times its size besides
 ROW_TIMES = 100  # of its size that a file's rows may have in characters: real text packs to a tenth
-MOST_ROWS = 100  # of a table in a byte: those of real ones differ
 MOST_LINE = 16 << 20  # bytes of a line of text
+VALUE = 128  # bytes of memory that a comma or a bracket in JSON may cost: {"a":0}, of 8 bytes takes 240
+MOST_YAML = 256 << 10  # characters: PyYAML takes 15 seconds and 250 MB for a million of them
 MOST_DEPTH = 64  # of nested plain data: deeper than any config, and far from the end of Python's stack
 MOST_BITS = 1000  # of a whole number: less than the largest float
 
@@ -41,24 +42,40 @@ def allowance(file: Path) -> int:
 
 
 def plain_json(text: str) -> Any:
-    """What `json.loads` gives. Raises ValueError, also for what is nested too deep or a number of no use."""
+    """What `json.loads` gives. Raises ValueError, also for what is nested too deep, a number of no use or a key that is
+    there twice, of which Python would take the last without a word."""
     try:
-        return checked(json.loads(text))
+        return checked(json.loads(text, object_pairs_hook=_once))
     except RecursionError:
         raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None
 
 
 def plain_yaml(text: str) -> Any:
-    """What `yaml.safe_load` gives, without aliases. Raises ValueError, or whatever PyYAML stumbles over."""
+    """What `yaml.safe_load` gives, without aliases and keys that are there twice. Raises ValueError, or whatever PyYAML
+    stumbles over."""
     import yaml
+
+    if len(text) > MOST_YAML:
+        raise ValueError(f"it is longer than {MOST_YAML >> 10} KiB, which takes YAML minutes: write it as JSON")
 
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise ValueError(f"it has the alias *{self.peek_event().anchor}: write the value out")
-            return super().compose_node(parent, index)
+            node = super().compose_node(parent, index)
+            if isinstance(node, yaml.MappingNode):
+                _once([((key.tag, key.value), None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+            return node
 
     return checked(yaml.load(text, Loader))
+
+
+def _once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        key = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"it has '{shown(key[1] if isinstance(key, tuple) else key)}' twice in one place")
+    return data
 
 
 def checked(data: Any, bits: int | None = MOST_BITS) -> Any:
@@ -109,49 +126,24 @@ def rows_allowance(file: Path) -> int:
     return ROOM // 4 + ROW_TIMES * file.stat().st_size
 
 
-def bounded_lines(handle: IO[Any], allowed: float = math.inf) -> Iterator[Any]:
-    """The lines of a file. Raises ValueError for one that is too long to be a record, or more than is `allowed`."""
+def bounded_lines(handle: IO[Any], file: Path | None = None) -> Iterator[Any]:
+    """The lines that `handle` gives of a `file`, packed or not. Raises ValueError for one that is too long to be a
+    record, has more JSON values than the file warrants, or where all are more than text unpacks to."""
+    allowed, room = (math.inf, math.inf) if file is None else (rows_allowance(file), allowance(file))
     while line := handle.readline(MOST_LINE):
         allowed -= len(line)
         if len(line) == MOST_LINE:
             raise ValueError(f"a line is longer than {MOST_LINE >> 20} MiB")
         if allowed < 0:
             raise ValueError("it unpacks to more than text does")
+        if VALUE * len(line) > room and VALUE * _values(line) > room:
+            raise ValueError("a line has more values than a file of its size may")
         yield line
 
 
-def parquet_rows(file: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file, of all columns or those of the `columns` that it has, if it has the first of them.
-
-    Dictionary pages repeat a long value in a few bits, so that a batch has as many rows as it may have if each held all
-    of its row group. Raises what pyarrow stumbles over, or ValueError for a row group that unfolds, or rows of nothing.
-    """
-    import pyarrow.parquet as parquet
-
-    allowed, left = allowance(file), rows_allowance(file)
-    with parquet.ParquetFile(file) as table:
-        names = [name for name in columns or () if name in table.schema_arrow.names]
-        wanted = names if columns and columns[0] in names else None
-        if table.metadata.num_rows > MOST_ROWS * file.stat().st_size:
-            raise ValueError(f"it has {table.metadata.num_rows:,} rows in {file.stat().st_size:,} bytes")
-        for group in range(table.num_row_groups):
-            size = max(1, table.metadata.row_group(group).total_byte_size)
-            if size > allowed:
-                raise ValueError(f"it would unpack to {size / 1e9:.1f} GB")
-            rows = max(1, min(1024, allowed // 4 // size))
-            for batch in table.iter_batches(batch_size=rows, row_groups=[group], columns=wanted):
-                for row in batch.to_pylist():
-                    left -= _length(row)
-                    if left < 0:
-                        raise ValueError("its rows repeat more than there is room for")
-                    yield row
-
-
-def _length(value: Any) -> int:
-    """Characters in a row."""
-    if isinstance(value, dict | list):
-        return sum(map(_length, value.values() if isinstance(value, dict) else value))
-    return len(value) if isinstance(value, str | bytes) else 0
+def _values(line: Any) -> int:
+    """As many values as a line of JSON can have, or more."""
+    return sum(line.count(mark) for mark in ((",", "[", "{") if isinstance(line, str) else (b",", b"[", b"{")))
 
 
 # ---------------------------------------------------------------------------------------------- tensors

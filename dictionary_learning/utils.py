@@ -15,7 +15,7 @@ import torch
 from dictionary_learning.dictionary import Dictionary, dictionary_class, read_weights
 from dictionary_learning.errors import UserError
 from dictionary_learning.storage import read_json
-from dictionary_learning.untrusted import bounded_lines, shown
+from dictionary_learning.untrusted import allowance, bounded_lines, shown, spellable
 
 WEIGHT_FILES = ("ae.safetensors", "ae.pt")
 
@@ -99,8 +99,9 @@ def zst_to_generator(data_path: str | os.PathLike[str]) -> Iterator[str]:
         raise UserError(f"There is no file '{path}'.")
 
     def texts() -> Iterator[str]:
-        with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as raw:
-            lines = enumerate(bounded_lines(io.TextIOWrapper(raw, encoding="utf-8")), 1)
+        zst = zstandard.ZstdDecompressor(max_window_size=max(allowance(path), 128 << 20))  # as far as `zstd -22` goes
+        with path.open("rb") as file, zst.stream_reader(file, read_across_frames=True) as raw:
+            lines = enumerate(bounded_lines(io.TextIOWrapper(raw, encoding="utf-8"), path), 1)
             while True:
                 try:
                     number, line = next(lines, (0, ""))
@@ -109,8 +110,8 @@ def zst_to_generator(data_path: str | os.PathLike[str]) -> Iterator[str]:
                 if not line:
                     return
                 try:
-                    text = json.loads(line)["text"]
-                except (ValueError, KeyError, TypeError, RecursionError) as error:
+                    text = spellable(json.loads(line)["text"])
+                except (AttributeError, ValueError, KeyError, TypeError, RecursionError) as error:
                     raise UserError(f"'{path}', line {number}, is not a JSON object with a \"text\".") from error
                 yield text
 

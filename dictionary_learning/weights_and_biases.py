@@ -61,9 +61,14 @@ def read_marker(folder: Path | None) -> dict[str, Any]:
         return {}
     found = storage.read_json(folder / MARKER)
     whole = isinstance(found, dict) and isinstance(found.get("group"), str) and isinstance(found.get("runs"), dict)
-    if not whole or not all(map(_is_entry, found["runs"].values())):
+    if not whole or not all(map(_is_name, found["runs"])) or not all(map(_is_entry, found["runs"].values())):
         raise UserError(f"'{folder / MARKER}' is damaged: delete it, and a sync makes new runs.")
     return found
+
+
+def _is_name(name: str) -> bool:
+    """Whether it can be that of a dictionary's folder, whose files are sent: never one elsewhere."""
+    return re.fullmatch(r"\w[\w.-]{0,99}", name) is not None
 
 
 def _is_entry(entry: Any) -> bool:

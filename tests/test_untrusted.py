@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -120,6 +122,8 @@ def test_yaml_without_aliases_is_what_pyyaml_reads() -> None:
     assert untrusted.plain_yaml("a: 1\nb: [x, {c: 1.5}]\nd: null") == {"a": 1, "b": ["x", {"c": 1.5}], "d": None}
     with pytest.raises(ValueError, match=r"alias \*a: write the value out"):
         untrusted.plain_yaml("a: &a [1]\nb: *a")
+    with pytest.raises(ValueError, match="longer than 256 KiB, .*: write it as JSON"):
+        untrusted.plain_yaml("- {}\n" * 100_000)
 
 
 @pytest.mark.parametrize("read", [untrusted.plain_json, untrusted.plain_yaml])
@@ -134,6 +138,17 @@ def test_plain_data_of_a_depth_and_size_that_can_be_handled(read: Any) -> None:
         untrusted.plain_yaml(f"? 0x{'f' * 6000}\n: 1")
 
 
+def test_a_key_that_is_there_twice() -> None:
+    """Of two lists of dictionaries in a configuration, the first would be gone without a word."""
+    for read, text in (
+        (untrusted.plain_json, '{"a": [{"b": 1, "c": 2, "b": 3}]}'),
+        (untrusted.plain_yaml, "a:\n- b: 1\n  c: 2\n  b: 3\n"),
+    ):
+        with pytest.raises(ValueError, match="it has 'b' twice in one place"):
+            read(text)
+    assert untrusted.plain_yaml("1: a\n'1': b\nc: {1: a}") == {1: "a", "1": "b", "c": {1: "a"}}
+
+
 def test_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(untrusted, "MOST_LINE", 8)
     (tmp_path / "x").write_text("1234567\n\nabc")
@@ -144,31 +159,18 @@ def test_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert list(untrusted.bounded_lines(handle)) == ["123456\n", "\n", "abc"]
 
 
-def test_parquet_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as parquet
-
-    file = tmp_path / "x.parquet"
-    columns = {"text": [f"text {n}" for n in range(5000)], "id": list(range(5000)), "source_dataset": ["a"] * 5000}
-    parquet.write_table(pa.table(columns), file, row_group_size=1500)
-    wanted = ("text", "source_dataset")
-    rows = list(untrusted.parquet_rows(file, wanted))
-    assert [row["text"] for row in rows] == columns["text"] and set(rows[0]) == set(wanted)
-    assert (
-        set(next(untrusted.parquet_rows(file)))
-        == set(next(untrusted.parquet_rows(file, ("absent", "id"))))
-        == {
-            *wanted,
-            "id",
-        }
-    )
-    monkeypatch.setattr(untrusted, "ROOM", 0)
-    monkeypatch.setattr(untrusted, "TIMES", 0)
-    with pytest.raises(ValueError, match="would unpack to"):
-        list(untrusted.parquet_rows(file))
-    monkeypatch.setattr(untrusted, "MOST_ROWS", 0)
-    with pytest.raises(ValueError, match="5,000 rows in"):
-        list(untrusted.parquet_rows(file))
+@pytest.mark.parametrize("inner", ["{},", '{"a":0},', "[],", "[[0]],", "0,", '"ab",'])
+def test_a_line_of_more_values_than_its_file_warrants(inner: str, tmp_path: Path) -> None:
+    """A packed file of a few kilobytes holds it, and its lists and dicts would take hundreds of megabytes."""
+    wide = f'{{"text": "a", "x": [{inner * 2_000_000}0]}}\n'[: untrusted.MOST_LINE - 1]
+    (tmp_path / "x.gz").write_bytes(gzip.compress(wide.encode(), 1))
+    for mode in ("rt", "rb"):
+        with gzip.open(tmp_path / "x.gz", mode) as handle, pytest.raises(ValueError, match="more values than"):
+            list(untrusted.bounded_lines(handle, tmp_path / "x.gz"))
+    prose = json.dumps({"text": "Prose, with a comma now and then. " * 400_000}) + "\n"
+    (tmp_path / "y.gz").write_bytes(gzip.compress(prose.encode(), 1))
+    with gzip.open(tmp_path / "y.gz", "rt") as handle:
+        assert list(untrusted.bounded_lines(handle, tmp_path / "y.gz")) == [prose]
 
 
 def test_names_and_texts_from_files_are_made_harmless() -> None:

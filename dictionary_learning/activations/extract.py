@@ -40,7 +40,8 @@ def extract(
     """Activations of one text at the hook points, in one forward pass.
 
     Args:
-        model: a `TracedLM`, or anything `TracedLM.load` takes (a Hub id, a folder, a module, an nnsight model).
+        model: a `TracedLM`, or anything `TracedLM.load` takes (a Hub id, a folder, "embedded", a module, an nnsight
+            model).
         add_special_tokens: let the tokenizer add its special tokens. The first token is usually an attention sink.
         max_tokens: keep only the first tokens. Without it, a text longer than the model's positions is refused.
         load_options: for `TracedLM.load` (dtype, device, revision, ...).

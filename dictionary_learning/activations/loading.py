@@ -59,6 +59,10 @@ def load(
     torch_dtype = None if dtype is None else resolve_dtype(dtype)
     torch_device = None if device is None else resolve_device(device)
     if isinstance(model, (str, Path)):
+        if str(model) == "embedded":
+            from data_prep.embedded import MODEL_DIR
+
+            model = MODEL_DIR
         options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if attn_implementation is not None:
             options["attn_implementation"] = attn_implementation
@@ -108,14 +112,15 @@ def _load_by_name(
     source = _find(name, revision)
     try:
         module = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **source, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged file is a SafetensorError, TypeError, KeyError, AttributeError, ...
         raise UserError(_why(name, error)) from error
     if tokenizer is None:
         tokenizer = _load_tokenizer(name, source, options, required=False)
     elif isinstance(tokenizer, (str, Path)):
         tokenizer = _load_tokenizer(str(tokenizer), None, options, required=True)
-    shown = Path(name).resolve().name if Path(name).is_dir() else name
-    return Loaded(module, tokenizer, shown, getattr(module.config, "_commit_hash", None) or revision)
+    if Path(name).is_dir():
+        return Loaded(module, tokenizer, Path(name).resolve().name, None)
+    return Loaded(module, tokenizer, name, cached_commit(name, revision) or revision)
 
 
 def _load_tokenizer(name: str, source: dict[str, Any] | None, options: dict[str, Any], *, required: bool) -> Any | None:
@@ -130,7 +135,7 @@ def _load_tokenizer(name: str, source: dict[str, Any] | None, options: dict[str,
         if not set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
             return tokenizer
         reason = "it holds no vocabulary"
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # see above
         reason = _first_sentence(error)
     if required:
         raise UserError(f"Could not load a tokenizer from '{name}': {reason}.")
@@ -188,6 +193,14 @@ def _find_on_hub(name: str, revision: str | None, file: str) -> dict[str, Any]:
     return {"revision": revision}
 
 
+def cached_commit(name: str, revision: str | None) -> str | None:
+    """The commit that was just loaded, which is that of its folder in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else None
+
+
 def _cached_models() -> list[str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -205,4 +218,6 @@ def _why(name: str, error: Exception) -> str:
 
 
 def _first_sentence(error: Exception) -> str:
-    return re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
+    said = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".:")
+    plain = isinstance(error, OSError | ValueError | ImportError)
+    return said if said and plain else f"{type(error).__name__}{': ' if said else ''}{said}"

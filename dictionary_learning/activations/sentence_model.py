@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dictionary_learning.activations.hook_points import IO, ResolvedHookPoint, layer_of
 from dictionary_learning.activations.hooks import capture, find_points, first_activation, is_activation, to_device
-from dictionary_learning.activations.loading import _find, _first_sentence, resolve_device, resolve_dtype
+from dictionary_learning.activations.loading import _find, _first_sentence, cached_commit, resolve_device, resolve_dtype
 from dictionary_learning.errors import UserError
 
 SENTENCE, TOKENS = "sentence_embedding", "token_embeddings"  # hook points, called as sentence-transformers calls them
@@ -81,7 +81,7 @@ class SentenceEncoder:
                     revision=source.get("revision"),
                     local_files_only=source.get("local_files_only", False),
                 )
-            except (OSError, ValueError, ImportError, KeyError) as error:
+            except Exception as error:  # a damaged file is whatever the libraries stumble over
                 if "trust_remote_code" in str(error):
                     raise UserError(
                         f"'{name}' brings its own Python code; read it, then pass trust_remote_code=True to run it."
@@ -90,17 +90,16 @@ class SentenceEncoder:
                     f"Could not load a sentence encoder from '{name}': {_first_sentence(error)}."
                 ) from error
             dtype = dtype or torch.float32
-            name = Path(name).resolve().name if Path(name).is_dir() else name
+            if Path(name).is_dir():
+                name = Path(name).resolve().name
+            else:
+                revision = cached_commit(name, revision) or revision
         if not isinstance(model, SentenceTransformer):
             raise UserError(
                 f"A sentence encoder is a Hub id, a local folder or a SentenceTransformer, not {type(model).__name__}."
             )
-        config = getattr(_transformer(model), "config", None)
-        encoder = cls(
-            model,
-            name or getattr(config, "_name_or_path", "") or type(model).__name__,
-            getattr(config, "_commit_hash", None) or revision,
-        )
+        known = getattr(getattr(_transformer(model), "config", None), "_name_or_path", "")
+        encoder = cls(model, name or known or type(model).__name__, revision)
         if dtype is not None:
             model.to(resolve_dtype(dtype))
         if device is not None:

@@ -72,7 +72,8 @@ class TracedLM:
         trust_remote_code: bool = False,
         attn_implementation: str | None = None,
     ) -> TracedLM:
-        """A model given as Hub id, local folder, torch module, nnsight wrapper, or `TracedLM` (returned as it is).
+        """A model given as Hub id, local folder, "embedded" (that of this project), torch module, nnsight wrapper, or
+        `TracedLM` (returned as it is).
 
         Args:
             tokenizer: a tokenizer, or the id or folder of one; by default the one that lies with the model.

@@ -15,8 +15,10 @@ from typing import Annotated, Any
 import tyro
 
 from dictionary_learning import storage
-from dictionary_learning.errors import UserError, exit_code
+from dictionary_learning.command_line import parse
+from dictionary_learning.errors import LONGEST, UserError, exit_code
 from dictionary_learning.formats import FORMATS, CannotHold, Format, files, find_dictionaries, format_named
+from dictionary_learning.untrusted import shown
 
 
 @dataclass
@@ -99,15 +101,15 @@ def _convert_all(
             if len(found) == 1:
                 raise
             refused.append(reason)
-            print(f"Left out {path}: {reason}", file=sys.stderr)
+            print(f"Left out {shown(path, LONGEST)}: {shown(reason, LONGEST)}", file=sys.stderr)
             continue
         except OSError as error:
             raise UserError(f"'{folder}' can't be written ({error.strerror or error}): give another --out.") from error
         written.append(folder)
-        print(f"{path} -> {folder}")
+        print(f"{shown(path, LONGEST)} -> {shown(folder, LONGEST)}")
         for remark in remarks:
             if remark not in said:
-                print(f"  {remark}")
+                print(f"  {shown(remark, LONGEST)}")
         said.update(remarks)
     if not written:
         raise refused[0]
@@ -137,11 +139,11 @@ def _corpus_of(source: Path) -> str | None:
 
 def export_main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 for what the user can mend (one sentence)."""
-    args = tyro.cli(ExportArgs, args=argv, use_underscores=True, prog="sae-factory export")
+    args = parse(ExportArgs, argv, "sae-factory export")
     return exit_code(lambda: export_dictionaries(args.source, args.format, args.out))
 
 
 def import_main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 for what the user can mend (one sentence)."""
-    args = tyro.cli(ImportArgs, args=argv, use_underscores=True, prog="sae-factory import")
+    args = parse(ImportArgs, argv, "sae-factory import")
     return exit_code(lambda: import_dictionaries(args.source, args.out, args.format))

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+import fuzz_thrift
 import torch
 from torch import Tensor
 
@@ -204,11 +205,29 @@ def unfolding() -> list[bytes]:
     return ["\n".join([*lines, spec]).encode(), "\n".join([*merges, "k: 1"]).encode(), b"a: &a [*a]\nk: *a\n"]
 
 
+WIDE = [b'{"text": "a", "x": [' + inner * 1_900_000 + b"0]}\n" for inner in (b"{},", b'{"a":0},', b"[[0]],")]
+
+
 def compressed_lines() -> list[bytes]:
     zeros = bytes(200 << 20)
     return [
+        *(gzip.compress(line, 9) for line in WIDE),
         gzip.compress(b'{"text": "' + zeros.replace(b"\0", b"a") + b'"}', 9),
         b"\x1f\x8b\x08\x00",
+    ]
+
+
+def zstandard_lines() -> list[bytes]:
+    import zstandard
+
+    wide = zstandard.ZstdCompressionParameters(window_log=30, write_content_size=False)
+    return [
+        zstandard.compress(b'{"text": "' + b"a" * (200 << 20) + b'"}', 1),
+        zstandard.compress(b'{"text": "a"}\n' * 9_000_000, 1),
+        zstandard.ZstdCompressor(compression_params=wide).compress(b'{"text": "a"}\n' * 99),
+        *(zstandard.compress(line, 1) for line in WIDE),
+        zstandard.compress(b'{"text": 5}\n{"text": "\\ud800"}'),
+        zstandard.compress(b'{"text": "\\ud800"}\n{"text": "' + b"a" * 70_000),
     ]
 
 
@@ -243,7 +262,14 @@ def tables() -> list[bytes]:
         parquet.write_table(pa.table(columns), out, **options)
         return out.getvalue()
 
+    def humbled(columns: Any, **options: Any) -> bytes:
+        return fuzz_thrift.humbled(made(columns, use_dictionary=False, **options))
+
     long = "x" * (1 << 20)
+    lists = pa.ListArray.from_arrays(
+        pa.array([0, 100_000], pa.int32()),
+        pa.DictionaryArray.from_arrays(pa.array([0] * 100_000, pa.int32()), pa.array([long])),
+    )
     repeated = pa.DictionaryArray.from_arrays(pa.array([0] * 3000, pa.int32()), pa.array([long]))
     return [
         made({"text": repeated}, compression="zstd"),  # 3 GB in a few kilobytes
@@ -252,6 +278,12 @@ def tables() -> list[bytes]:
         made({"text": pa.array([b"\xff\xfe"], pa.binary()).view(pa.string())}),
         made({"text": pa.array([2**62], pa.timestamp("us", tz="Mars/Olympus"))}),
         made({"data": pa.array([2**62], pa.timestamp("us"))}),
+        # the same in other ways, by files whose footers call them small
+        humbled({"text": ["y" * (160 << 20)]}, compression="zstd"),
+        humbled({"text": [f"{long}{n % 7}" for n in range(300)]}, column_encoding={"text": "DELTA_BYTE_ARRAY"}),
+        humbled({"data": pa.array([0] * 20_000_000, pa.int64())}, compression="zstd", data_page_size=1 << 30),
+        fuzz_thrift.humbled(made({"text": repeated}, compression="zstd")),
+        fuzz_thrift.humbled(made({"text": ["a"], "data": lists})),
     ]
 
 
@@ -270,9 +302,12 @@ HANDMADE: dict[str, Callable[[], list[bytes]]] = {
     "zscores": tensor_files,
     "corpus_gzip": compressed_lines,
     "corpus_jsonl": lines,
+    "corpus_zst": zstandard_lines,
     "metrics_jsonl": lines,
     "corpus_parquet": tables,
     "records_parquet": tables,
+    "analysis_table": tables,
+    "analysis_examples": tensor_files,
     **{f"{name}_tensors": tensor_files for name in ("dictionary", "saelens", "sparsify", "activations", "state")},
     **{f"records_{name}": questions for name in ("medqa", "medmcqa", "pubmedqa", "mmlu_college_medicine")},
 }

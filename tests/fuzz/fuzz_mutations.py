@@ -16,6 +16,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import fuzz_thrift
+
 from dictionary_learning.untrusted import plain_yaml
 
 MOST_BYTES = 1 << 18  # of a mutated file: slowness that begins beyond is of the size, not of the reader
@@ -310,14 +312,30 @@ def _gzip(data: bytes, rng: Rng) -> bytes:
     return gzip.compress(_jsonl(inner, rng) if rng.random() < 0.8 else plain(inner, rng), 1)
 
 
+def _zst(data: bytes, rng: Rng) -> bytes:
+    import zstandard
+
+    with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)) as raw:
+        inner = raw.read(MOST_BYTES)
+    if rng.random() < 0.02:
+        return zstandard.compress(b'{"text": "' + _zeros(160) + b'"}\n', 1)
+    return zstandard.compress(_jsonl(inner, rng) if rng.random() < 0.8 else plain(inner, rng), 1)
+
+
 def _parquet(data: bytes, rng: Rng) -> bytes:
-    """A table written anew, with columns of other types and names."""
+    """A table that lies about itself, or one of columns of other types and names."""
+    return fuzz_thrift.lying(data, rng) if rng.random() < 0.6 else _retyped(rng)
+
+
+def _retyped(rng: Rng) -> bytes:
+    """Written from nothing: to read what was changed already may take any memory."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    table = parquet.read_table(io.BytesIO(data))
-    columns = {name: table[name] for name in table.column_names}
-    name, rows = rng.choice([*columns, "text", "extra"]), table.num_rows
+    rows = rng.choice((0, 1, 4))
+    record = {"Question": "q", "Options": {"A": "a", "B": "b"}, "Correct Option": "A", "Correct Answer": "a"}
+    columns = {"text": ["a"] * rows, "source_dataset": ["b"] * rows, "id": ["1"] * rows, "data": [record] * rows}
+    name = rng.choice([*columns, "extra"])
     made: list[Callable[[], Any]] = [
         lambda: pa.array([rng.choice((None, 1, 2**62)) for _ in range(rows)], pa.int64()),
         lambda: pa.array([rng.choice((b"\xff\xfe", b"", None)) for _ in range(rows)], pa.binary()),
@@ -353,4 +371,5 @@ KINDS: dict[str, Kind] = {
     "zip": _zip,
     "gzip": _gzip,
     "parquet": _parquet,
+    "zst": _zst,
 }

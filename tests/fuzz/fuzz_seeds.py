@@ -134,14 +134,16 @@ TEXTS = ["Which vitamin? The options are:", "Zweite é \u2028 Zeile", "", "a lon
 
 
 def corpora(folder: Path) -> None:
-    """Texts as .jsonl, .jsonl.gz, .txt and .parquet."""
+    """Texts as .jsonl, .jsonl.gz, .jsonl.zst, .txt and .parquet."""
     import pyarrow as pa
     import pyarrow.parquet as parquet
+    import zstandard
 
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": text, "source_dataset": "medqa", "id": n}) for n, text in enumerate(TEXTS)]
     (folder / "texts.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "texts.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    (folder / "texts.jsonl.zst").write_bytes(zstandard.compress("\n".join(lines).encode()))
     (folder / "texts.txt").write_text("\n".join(TEXTS))
     parquet.write_table(pa.table({"text": TEXTS, "source_dataset": ["medqa"] * 4}), folder / "texts.parquet")
 

@@ -19,6 +19,7 @@ import fuzz_seeds as seeds
 import torch
 from fuzz_handmade import HANDMADE
 from fuzz_oracle import Finding, Target
+from fuzz_reports import REPORT_TARGETS
 
 from dictionary_learning import storage
 
@@ -53,11 +54,13 @@ def config_yaml(folder: Path) -> None:
 
 def run_json(folder: Path) -> None:
     from dictionary_learning.config import load_config
-    from dictionary_learning.record import check_resumable
+    from dictionary_learning.record import check_resumable, commits_of
 
-    record: dict[str, Any] = {"model": {"weights": seeds.DIGEST}, "corpus_fingerprint": seeds.DIGEST, "versions": {}}
+    model = {"weights": seeds.DIGEST, "tokenizer": seeds.DIGEST}
+    record: dict[str, Any] = {"model": model, "corpus_fingerprint": seeds.DIGEST, "versions": {}}
     record |= {"device": "cpu", "git_revision": None, "started": ""}
     _use(load_config(folder / "run.json"))
+    commits_of(folder, seeds.run_config())
     check_resumable(folder, seeds.run_config(), record)
 
 
@@ -265,6 +268,13 @@ def corpus(file: str) -> Callable[[Path], None]:
     return read
 
 
+def zst(folder: Path) -> None:
+    from dictionary_learning.utils import zst_to_generator
+
+    for text in itertools.islice(zst_to_generator(folder / "texts.jsonl.zst"), 2000):
+        text.encode()
+
+
 def records(name: str, suffix: str) -> Callable[[Path], None]:
     """Raw records of a corpus, through the reader, the formatter of that corpus, and the key of the question."""
 
@@ -330,9 +340,11 @@ _TABLE: list[tuple[str, str, str, Callable[[Path], Any], Callable[[Path], Any]]]
     ("zscores", "zscores.safetensors", "safetensors", _zscores, zscores),
     ("corpus_jsonl", "texts.jsonl", "jsonl", seeds.corpora, corpus("texts.jsonl")),
     ("corpus_gzip", "texts.jsonl.gz", "gzip", seeds.corpora, corpus("texts.jsonl.gz")),
+    ("corpus_zst", "texts.jsonl.zst", "zst", seeds.corpora, zst),
     ("corpus_txt", "texts.txt", "text", seeds.corpora, corpus("texts.txt")),
     ("corpus_parquet", "texts.parquet", "parquet", seeds.corpora, corpus("texts.parquet")),
     *((f"records_{n}", f"{n}/train.jsonl", "jsonl", _records(n, "jsonl"), records(n, "jsonl")) for n in CORPORA[:4]),
     ("records_parquet", "medqa/train.parquet", "parquet", _records("medqa", "parquet"), records("medqa", "parquet")),
+    *REPORT_TARGETS,
 ]
 TARGETS = {row[0]: Target(*row, handmade=HANDMADE.get(row[0], list)) for row in _TABLE}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from fuzz_oracle import Box, Finding, Target
 from fuzz_targets import TARGETS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+
+from dictionary_learning.errors import UserError
+from dictionary_learning.weights_and_biases import read_marker
 
 FOUND = sorted((Path(__file__).parent / "found").iterdir())
 WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)  # a seed has no simpler one
@@ -50,6 +54,15 @@ def test_changed_files_are_read_or_refused(box: Box, name: str) -> None:
         box.run(fuzz_mutations.mutate(seeds[0], box.target.kind, random.Random(seed), seeds))
 
     changed()
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc", "..", "a/b", "a\\b", "C:x", "x" * 300, "", "\x1b[2J"])
+def test_a_marker_of_wandb_names_no_folder_elsewhere(name: str, tmp_path: Path) -> None:
+    """The files in a folder of that name would be sent."""
+    marker = {"group": "g", "runs": {name: {"id": "a", "step": 1, "sent": {}}}}
+    (tmp_path / "wandb.json").write_text(json.dumps(marker))
+    with pytest.raises(UserError, match="is damaged: delete it"):
+        read_marker(tmp_path)
 
 
 def test_every_found_file_is_of_a_target() -> None:
