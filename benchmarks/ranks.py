@@ -286,7 +286,7 @@ def _size(row: dict[str, Any]) -> tuple[int, int]:
 
 
 PAPER = Costs(  # one GPU of the class of an H100; see docs/distributed.md for where each figure comes from
-    harvest=75_000, dictionary=1.2e-6, row_bytes=2 * 2304 * 2, bandwidth=25e9, message=1e-3, reading=1e6
+    harvest=75_000, dictionary=1.4e-6, row_bytes=2 * 2304 * 2, bandwidth=25e9, message=1e-3, reading=1e6
 )
 PAPER_TOKENS = 1e11
 PAPER_GPUS = (1, 8, 16, 32, 64, 128)

@@ -8,9 +8,11 @@ used to ask who they belong to, and never shown.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import netrc
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -21,6 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
+
+from dictionary_learning import __version__
 
 Status = Literal["ok", "warn", "fail"]
 ANSWER_S = 5.0  # for an account's server, whatever hangs (a name server has no timeout of its own)
@@ -41,6 +45,7 @@ EXTRAS = {  # module -> (the extra that brings it, what does not work without it
     "pynvml": ("gpu", "--max_temperature on a GPU"),
 }
 DISK_GB, MEMORY_GB, WRITE_MB_S = 5.0, 4.0, 50.0  # below which a run of the demo may meet its limits
+PUBLIC_MODEL = "openai-community/gpt2"  # to ask the Hub for, who is not logged in
 WRITTEN = 64 << 20  # bytes, to measure by
 
 
@@ -80,8 +85,8 @@ def within(seconds: float, question: Callable[[], Any]) -> Any:
 
 
 def plain(value: object, *secrets: str | None) -> str:
-    """One printable line of what an error or a server says, without the secrets."""
-    text = " ".join(str(value).split())
+    """One printable line of what an error or a server says, without the secrets, and without those of addresses."""
+    text = re.sub(r"(://)[^/@\s]+@", r"\1***@", " ".join(str(value).split()))
     for secret in filter(None, secrets):
         text = text.replace(secret, "***")
     return "".join(c if c.isprintable() else "?" for c in text)[:300].rstrip(".")
@@ -91,11 +96,12 @@ def plain(value: object, *secrets: str | None) -> str:
 
 
 def versions() -> Iterator[Finding]:
-    """Python, what this package needs, and known trouble between versions."""
+    """This program, Python, what it needs, and known trouble between versions."""
     group, here = "versions", sys.version_info[:2]
     low, high = (".".join(map(str, version)) for version in PYTHONS)
     fits = PYTHONS[0] <= here < PYTHONS[1]
     remedy = "" if fits else f"use Python {low} or newer, below {high}"
+    yield Finding(group, DISTRIBUTION, "ok", f"{__version__}, in {Path(__file__).parent}")
     yield Finding(group, "python", "ok" if fits else "fail", platform.python_version(), remedy)
     ranges = _required_ranges()
     for module, distribution in ESSENTIAL.items():
@@ -111,7 +117,10 @@ def _essential(group: str, module: str, distribution: str, wanted: Any) -> Findi
         version = metadata.version(distribution)
     except Exception as error:  # noqa: BLE001 - a package can fail to import in any way
         why = plain(f"{type(error).__name__}: {error}")
-        return Finding(group, distribution, "fail", f"can't be imported ({why})", f"pip install '{distribution}'")
+        named = error.name if isinstance(error, ModuleNotFoundError) else None  # itself, or what it imports
+        missing = (named or module).partition(".")[0]
+        remedy = f"pip install '{distribution if missing == module else ESSENTIAL.get(missing, missing)}'"
+        return Finding(group, distribution, "fail", f"can't be imported ({why})", remedy)
     if wanted is not None and not wanted.contains(version, prereleases=True):
         return Finding(group, distribution, "warn", version, f"pip install '{distribution}{wanted}'")
     return Finding(group, distribution, "ok", version)
@@ -171,7 +180,11 @@ def _cuda(group: str) -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        if torch.version.cuda is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if torch.version.cuda is not None and visible is not None:
+            found = f"CUDA_VISIBLE_DEVICES='{plain(visible)}' leaves torch no GPU"
+            yield Finding(group, "CUDA", "warn", found, "unset it, or name GPUs that `nvidia-smi -L` lists")
+        elif torch.version.cuda is not None:
             remedy = "install a driver for it (nvidia-smi shows the present one), or torch's CPU build"
             yield Finding(group, "CUDA", "warn", f"torch was built for CUDA {torch.version.cuda}, finds no GPU", remedy)
         elif shutil.which("nvidia-smi"):
@@ -190,6 +203,8 @@ def _cuda(group: str) -> Iterator[Finding]:
             yield Finding(group, f"cuda:{index}", "warn", found, remedy)
         else:
             yield Finding(group, f"cuda:{index}", "ok", found)
+    if importlib.util.find_spec("triton") is None:
+        yield Finding(group, "triton", "warn", "absent: steps run on slower kernels", "pip install triton")
     if torch.cuda.device_count() > 1 and not _nccl():
         yield Finding(group, "NCCL", "warn", "absent", "several GPUs need it: install torch's CUDA build for Linux")
 
@@ -241,12 +256,16 @@ def _hub() -> Finding:
         return Finding(group, name, "warn", f"{offline} forbids the network", f"unset {offline} to load from the Hub")
     token = None
     try:
-        from huggingface_hub import HfApi, get_token
+        from huggingface_hub import HfApi, constants, get_token
+        from huggingface_hub.utils import get_session
 
         token = get_token()
         if not token:
+            answer = within(ANSWER_S, lambda: get_session().get(f"{constants.ENDPOINT}/api/models/{PUBLIC_MODEL}"))
+            if answer.status_code >= 500:
+                answer.raise_for_status()
             remedy = "set HF_TOKEN or run `hf auth login`"
-            return Finding(group, name, "warn", "not logged in: gated models and pushes won't work", remedy)
+            return Finding(group, name, "warn", "reached, not logged in: gated models and pushes won't work", remedy)
         who = within(ANSWER_S, lambda: HfApi(token=token).whoami())
         return Finding(group, name, "ok", f"logged in as {plain(who['name'], token)}")
     except NoAnswer as error:
@@ -363,11 +382,15 @@ def free_memory() -> int | None:
 
 
 def extras() -> Iterator[Finding]:
-    """Optional packages."""
+    """Optional packages; where there is no GPU, not what is for one."""
+    import torch
+
     for module, (extra, without) in EXTRAS.items():
         try:
             importlib.import_module(module)
         except Exception:  # noqa: BLE001
+            if extra == "gpu" and not torch.cuda.is_available():
+                continue
             remedy = f"pip install 'sae-factory[{extra}]'"
             yield Finding("extras", extra, "warn", f"not installed: {without} won't work", remedy)
         else:

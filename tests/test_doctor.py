@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dictionary_learning import diagnosis, doctor
+from dictionary_learning import __version__, diagnosis, doctor
 from dictionary_learning.diagnosis import Finding
 
 HUB_TOKEN, WANDB_KEY = "hf_PlantedTokenThatNobodyMaySee", "planted0wandb0key0that0nobody0may0see000"
@@ -26,6 +26,7 @@ HUB_TOKEN, WANDB_KEY = "hf_PlantedTokenThatNobodyMaySee", "planted0wandb0key0tha
 def nobody_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # nobody is asked, but where a test says so
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
@@ -52,7 +53,16 @@ def fails_to_import(monkeypatch: pytest.MonkeyPatch, broken: str, error: Excepti
 def test_a_table_that_ends_well(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert doctor.main(["--seconds", "0.4", "--folder", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for part in ("torch", torch.__version__, "Hugging Face Hub", "writing", "MB/s", "harvest", "training step"):
+    for part in (
+        f"{__version__}, in ",
+        "torch",
+        torch.__version__,
+        "Hugging Face Hub",
+        "writing",
+        "MB/s",
+        "harvest",
+        "training step",
+    ):
         assert part in printed
     assert "Everything essential works" in printed
     assert list(tmp_path.iterdir()) == []
@@ -85,6 +95,18 @@ def test_what_is_essential_fails_and_ends_with_2(
     assert broken["status"] == "fail" and broken["remedy"] == "pip install 'nnsight'"
     assert broken["found"] == "can't be imported (RuntimeError: a broken build)"
     assert "speed" not in {line["group"] for line in said["findings"]}
+
+
+@pytest.mark.parametrize("missing", ["tyro", "rich"])
+def test_what_the_command_itself_needs_is_a_finding_too(
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] in (missing, "tyro")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert doctor.main([]) == 2
+    printed = capsys.readouterr().out
+    assert f"pip install '{missing}'" in printed and torch.__version__ in printed
 
 
 def test_what_breaks_in_the_probe_is_a_failure(
@@ -127,7 +149,7 @@ def test_without_its_own_metadata_versions_are_only_shown(monkeypatch: pytest.Mo
 
 def test_another_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 14, 0))
-    finding = next(diagnosis.versions())
+    finding = by_name(diagnosis.versions())["python"]
     assert finding.status == "fail" and finding.remedy == "use Python 3.11 or newer, below 3.13"
 
 
@@ -146,6 +168,21 @@ def test_a_missing_extra_says_what_will_not_work(monkeypatch: pytest.MonkeyPatch
     assert finding.remedy == "pip install 'sae-factory[wandb]'"
 
 
+def test_what_is_for_a_gpu_is_missed_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    fails_to_import(monkeypatch, "pynvml", ImportError("no pynvml"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "gpu" not in by_name(diagnosis.extras())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert by_name(diagnosis.extras())["gpu"].status == "warn"
+
+
+def test_the_remedy_is_what_is_missing_and_not_what_misses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fails_to_import(monkeypatch, "nnsight", ModuleNotFoundError("No module named 'yaml.x'", name="yaml.x"))
+    assert by_name(diagnosis.versions())["nnsight"].remedy == "pip install 'pyyaml'"
+    fails_to_import(monkeypatch, "nnsight", ImportError("cannot import name 'x'", name="torch"))
+    assert by_name(diagnosis.versions())["nnsight"].remedy == "pip install 'nnsight'"
+
+
 # ------------------------------------------------------------------------------------------- devices
 
 
@@ -154,6 +191,14 @@ def test_a_cuda_build_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     finding = by_name(diagnosis.devices())["CUDA"]
     assert finding.status == "warn" and "12.8" in finding.found and "driver" in finding.remedy
+
+
+def test_a_gpu_that_is_hidden_is_not_a_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    finding = by_name(diagnosis.devices())["CUDA"]
+    assert finding.found == "CUDA_VISIBLE_DEVICES='7' leaves torch no GPU" and "nvidia-smi -L" in finding.remedy
 
 
 def test_a_cpu_build_beside_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,10 +217,11 @@ def test_gpus_are_described_and_a_full_one_named(monkeypatch: pytest.MonkeyPatch
     )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: ([70e9, 3e9][index], 80e9))
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     findings = by_name(diagnosis.devices())
     assert findings["cuda:0"].status == "ok" and "H100, 80 GB (70 free), compute 9.0" in findings["cuda:0"].found
     assert findings["cuda:1"].status == "warn" and "another process" in findings["cuda:1"].remedy
-    assert findings["NCCL"].status == "warn"
+    assert findings["NCCL"].status == findings["triton"].status == "warn"
 
 
 def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,15 +263,20 @@ class Server:
 def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The Hub line with a planted token, as a server of a given kind answers."""
 
-    def ask(status: int = 200, body: str = "{}", hang: threading.Event | None = None) -> tuple[Finding, Server]:
+    def ask(
+        status: int = 200, body: str = "{}", hang: threading.Event | None = None, token: str | None = HUB_TOKEN
+    ) -> tuple[Finding, Server]:
         server = Server(status, body, hang)
+        if hang is None:
+            monkeypatch.setattr(diagnosis, "ANSWER_S", 60.0)  # the machine may be busy
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
         monkeypatch.setattr("huggingface_hub.hf_api.ENDPOINT", server.url, raising=False)
         monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_TOKEN", HUB_TOKEN)
+        if token is not None:
+            monkeypatch.setenv("HF_TOKEN", token)
         try:
             return by_name(diagnosis.accounts())["Hugging Face Hub"], server
         finally:
@@ -249,6 +300,19 @@ def test_a_token_that_is_not_accepted(hub: Any) -> None:
     assert HUB_TOKEN not in repr(finding)
 
 
+def test_who_is_not_logged_in_hears_whether_the_hub_answers(hub: Any) -> None:
+    finding, server = hub(404, "no such model", token=None)
+    assert finding.status == "warn" and finding.found.startswith("reached, not logged in")
+    assert server.asked == ["None"]
+    finding, _ = hub(500, "trouble", token=None)
+    assert finding.found.startswith("not reached") and "network" in finding.remedy
+
+
+def test_what_addresses_hold_is_not_shown() -> None:
+    said = diagnosis.plain("no answer from http://ann:s3cret@proxy:8080, nor https://hub/x@y", "hub")
+    assert said == "no answer from http://***@proxy:8080, nor https://***/x@y"
+
+
 def test_a_server_in_trouble(hub: Any) -> None:
     finding, _ = hub(500, f"trouble {HUB_TOKEN}")
     assert finding.status == "warn" and "not reached" in finding.found
@@ -257,18 +321,15 @@ def test_a_server_in_trouble(hub: Any) -> None:
 
 def test_a_hub_that_hangs_is_not_waited_for(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, "ANSWER_S", 0.5)
-    began = time.monotonic()
-    finding, _ = hub(hang=threading.Event())
-    assert time.monotonic() - began < 5
+    finding, _ = hub(hang=threading.Event())  # which ends when there is a finding
     assert finding.status == "warn" and "no answer within" in finding.found
 
 
 def test_offline_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    began = time.monotonic()
+    monkeypatch.setattr(diagnosis, "within", lambda *_: pytest.fail("somebody is asked"))
     findings = by_name(diagnosis.accounts())
-    assert time.monotonic() - began < 1
     assert findings["Hugging Face Hub"].remedy == "unset HF_HUB_OFFLINE to load from the Hub"
     assert findings["Weights & Biases"].found == "WANDB_MODE is offline"
 

@@ -14,19 +14,52 @@ price is memory: each rank holds the rows of its own hook points, as a run on on
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dictionary_learning.activations.language_model import LanguageModelActivations
+from dictionary_learning.activations.sentence_encoder import SentenceActivations
 from dictionary_learning.activations.types import ActivationBatch, Launched
 from dictionary_learning.buffer import ActivationBuffer
-from dictionary_learning.distributed.ranks import OfAllRanks, Ranks
-from dictionary_learning.errors import UserError
+from dictionary_learning.distributed.ranks import Ranks
+from dictionary_learning.distributed.reading import ReadByFirst
 from dictionary_learning.packing import TokenBatch
 from dictionary_learning.streams import OnHost
+
+KEEP = "rows that stay"  # sent as a hook point of width 1
+
+
+def exchanged(
+    ranks: Ranks,
+    acts: Mapping[str, Tensor] | None,
+    counts: Sequence[int],
+    widths: Mapping[str, int],
+    wanted: Sequence[Sequence[str]],
+    like: Tensor,
+) -> list[dict[str, Tensor]]:
+    """The activations {name: [N, d]} that every rank has for this one, at the hook points that it wants: one message
+    from each rank to each.
+
+    Args:
+        acts: this rank's, at all hook points; None where it has no rows.
+        counts: the rows of each rank. widths: d of every hook point. wanted: of each rank, its hook points.
+        like: of the dtype and on the device of the activations.
+    """
+    names_of = [[name for name in widths if name in names] for names in wanted]  # in one order everywhere
+    here = {name: widths[name] for name in names_of[ranks.rank]}
+    parts = [acts[name].flatten() for names in names_of for name in names] if acts is not None else [like]
+    mine, width = counts[ranks.rank], sum(here.values())
+    flat = ranks.exchanged(
+        torch.cat(parts), [mine * sum(widths[n] for n in names) for names in names_of], [n * width for n in counts]
+    )
+    found = []
+    for count, part in zip(counts, flat.split([n * width for n in counts]), strict=True):
+        columns = part.split([count * d for d in here.values()])
+        found.append({name: x.view(count, d) for (name, d), x in zip(here.items(), columns, strict=True)})
+    return found
 
 
 class RankedSource:
@@ -45,11 +78,11 @@ class RankedSource:
         self.widths = {name: width for name, width in source.widths.items() if name in wanted[ranks.rank]}
         self.dtype, self.max_rows = source.dtype, source.max_rows
         self.rows_seen = self.rows_dropped_by_norm = self.forwarded = 0
-        self._source = source
-        self._wanted = [[name for name in source.widths if name in names] for names in wanted]
+        self._source, self._wanted = source, wanted
+        # Contexts without a row to keep are passed over, as on one rank.
+        self._reader = ReadByFirst(ranks, source.contexts, lambda tokens: len(self._rows_of(tokens)) > 0)
         self._coming: deque[tuple[Launched, Any]] = deque()  # batches, and the state of the contexts behind each
         self._behind: Any = None  # the state of the contexts behind the last batch handed out, on the first rank
-        self._problem: UserError | None = None  # met when reading ahead: it belongs behind the batches read before it
 
     def __iter__(self) -> RankedSource:
         return self
@@ -80,69 +113,36 @@ class RankedSource:
         return launched
 
     def _round(self) -> None:
-        """The next forwards, one a rank. Contexts without a row to keep are passed over, as on one rank."""
-        batches, states, problem = self._read() if self.ranks.first else ([], [], None)
-        batches, problem = self.ranks.of_first((batches, problem))
-        if not batches and problem is not None:
-            raise OfAllRanks(str(problem))
-        if not batches:
-            raise StopIteration
+        """The next forwards, one a rank."""
+        read = self._reader.items(self.ranks.world)
+        batches = [tokens for tokens, _ in read]
         rows = [self._rows_of(tokens) for tokens in batches]
         own = self.ranks.rank if self.ranks.rank < len(batches) else None
         launched = None if own is None else self._source._launch(batches[own], rows[own])
         if own is not None:
             self.forwarded += len(batches[own].tokens_CL)
-        exchanged = self._exchanged(launched, [len(rows_N) for rows_N in rows])
-        for (acts, keep_N), tokens, rows_N, behind in zip(
-            exchanged, batches, rows, states or [None] * len(batches), strict=True
-        ):
+        found = self._exchanged(launched, [len(rows_N) for rows_N in rows])[: len(read)]
+        for (acts, keep_N), (tokens, behind), rows_N in zip(found, read, rows, strict=True):
             batch = ActivationBatch(acts, self._source._provenance(tokens, rows_N))
             self._coming.append((self._launched(batch, keep_N), behind))
-
-    def _read(self) -> tuple[list[TokenBatch], list[Any], UserError | None]:
-        """Contexts for each rank that there is text for, the text's state behind each, and what stopped the reading."""
-        batches: list[TokenBatch] = []
-        states: list[Any] = []
-        problem, self._problem = self._problem, None
-        while problem is None and len(batches) < self.ranks.world:
-            try:
-                tokens = next(self.contexts)
-            except StopIteration:
-                break
-            except UserError as error:
-                problem = error
-                break
-            if len(self._rows_of(tokens)):
-                batches.append(tokens)
-                states.append(self.contexts.state_dict())
-        if batches:  # whoever gets to it hears of it
-            self._problem, problem = problem, None
-        return batches, states, problem
 
     def _rows_of(self, tokens: TokenBatch) -> Tensor:
         wanted_CL = tokens.real_CL & tokens.keep_CL if self._source.remove_special else tokens.real_CL
         return wanted_CL.flatten().nonzero().flatten()
 
     def _exchanged(self, launched: Launched | None, counts: list[int]) -> list[tuple[dict[str, Tensor], Tensor | None]]:
-        """(activations by name, which rows stay) of every forward: one message from each rank to each."""
-        filtered = self._source.max_activation_norm_multiple is not None  # then one more number a row says if it stays
-        width = [sum(self._source.widths[name] for name in names) + filtered for names in self._wanted]
-        parts: list[Tensor] = []
-        if launched is not None:
-            for names in self._wanted:
-                parts += [launched.batch.acts[name].flatten() for name in names]
-                if launched.keep_N is not None:
-                    parts.append(launched.keep_N.to(self.dtype))
-        mine = counts[self.ranks.rank] if launched is not None else 0
-        theirs = counts + [0] * (self.ranks.world - len(counts))
-        sent = torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype, device=self.lm.device)
-        here = width[self.ranks.rank]
-        flat = self.ranks.exchanged(sent, [mine * w for w in width], [n * here for n in theirs])
-        found = []
-        for count, part in zip(counts, flat.split([n * here for n in counts]), strict=True):
-            *columns, keep = part.split([count * d for d in self.widths.values()] + [count * filtered])
-            acts = {name: x.view(count, -1) for name, x in zip(self.widths, columns, strict=True)}
-            found.append((acts, keep > 0 if filtered else None))
+        """(activations by name, which rows stay) of every rank's forward."""
+        acts, widths, wanted = launched and launched.batch.acts, self._source.widths, self._wanted
+        if self._source.max_activation_norm_multiple is not None:  # then one more number a row says if it stays
+            widths, wanted = widths | {KEEP: 1}, [[*names, KEEP] for names in wanted]
+        if launched is not None and launched.keep_N is not None:
+            acts = launched.batch.acts | {KEEP: launched.keep_N.to(self.dtype)}
+        like = torch.empty(0, dtype=self.dtype, device=self.lm.device)
+        counts = counts + [0] * (self.ranks.world - len(counts))
+        found: list[tuple[dict[str, Tensor], Tensor | None]] = []
+        for here in exchanged(self.ranks, acts, counts, widths, wanted, like):
+            keep_N1 = here.pop(KEEP, None)
+            found.append((here, None if keep_N1 is None else keep_N1.flatten() > 0))
         return found
 
     def _launched(self, batch: ActivationBatch, keep_N: Tensor | None) -> Launched:
@@ -159,25 +159,22 @@ class RankedSource:
 
     def state_dict(self) -> dict[str, Any]:
         """That of `source` on one rank; where the text stands is known to the first rank alone."""
-        behind = self._behind
-        if behind is None and self.ranks.first:
-            behind = self.contexts.state_dict()
         return {
-            "contexts": behind,
+            "contexts": self._reader.state_dict() if self._behind is None else self._behind,
             "rows_seen": self.rows_seen,
             "rows_dropped_by_norm": self.rows_dropped_by_norm,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._coming.clear()
-        self._problem, self._behind = None, state["contexts"]
-        if self.ranks.first:
-            self.contexts.load_state_dict(state["contexts"])
+        self._behind = state["contexts"]
+        self._reader.load_state_dict(state["contexts"])
         self.rows_seen, self.rows_dropped_by_norm = state["rows_seen"], state["rows_dropped_by_norm"]
 
 
 class RankedBuffer(ActivationBuffer):
-    """An `ActivationBuffer` over a language model of which this rank keeps the activations of some hook points.
+    """An `ActivationBuffer` over a language model, or over the activations of a sentence encoder, of which this rank
+    keeps those of some hook points.
 
     Args:
         wanted: of each rank, those hook points. (others: see `ActivationBuffer`)
@@ -186,7 +183,11 @@ class RankedBuffer(ActivationBuffer):
     def __init__(
         self, data: Any, model: Any, submodule: Any, *, ranks: Ranks, wanted: Sequence[Sequence[str]], **options: Any
     ) -> None:
+        from dictionary_learning.distributed.sentences import RankedSentences
+
         self.ranks, self._wanted = ranks, wanted
+        if isinstance(model, SentenceActivations) and ranks.world > 1:
+            model = RankedSentences(model, ranks, wanted)
         super().__init__(data, model, submodule, **options)
 
     def _language_model_source(self) -> Any:

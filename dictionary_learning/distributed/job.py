@@ -35,8 +35,6 @@ def assignment(config: RunConfig, lm: Any, ranks: Ranks, shard: bool = False) ->
         UserError: fewer dictionaries than ranks, an architecture that can't be split, nothing to split over.
     """
     everything = list(range(len(config.dictionaries)))
-    if config.sentence is not None and ranks.world > 1:
-        raise UserError("A sentence encoder runs on one rank: start it without torchrun, or on one process of it.")
     if shard:
         if ranks.world == 1:
             raise UserError("--shard_latents splits dictionaries over ranks, of which there is one: start several.")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import logging
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from dictionary_learning.devices import AUTO, resolve_device
-from dictionary_learning.errors import USER_ERROR_EXIT, UserError, exit_code
+from dictionary_learning.errors import UserError, exit_code
 
 V = TypeVar("V")
 TIMEOUT = "SAE_FACTORY_RANK_TIMEOUT"  # seconds that a rank waits for another one
@@ -127,6 +128,13 @@ class Ranks:
                     "command, on the same files and versions."
                 )
 
+    @staticmethod
+    def part() -> None:
+        """Say nothing any more: what comes behind is done by each alone. NCCL wants all ranks to part at about the same
+        time, which is when they have just said the last thing, and not when the slowest has nothing left to do."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     # ------------------------------------------------------------------------------------------- tensors
 
     def total(self, x: Tensor) -> Tensor:
@@ -151,6 +159,16 @@ class Ranks:
         with said_of_lost():
             dist.all_gather(parts, x.contiguous())
         return torch.cat(parts, dim)
+
+    def stacked_by_first(self, x: Tensor, dim: int = 0) -> Tensor:
+        """As `stacked`, in the memory of the first rank's machine; this rank's own part on the others."""
+        own = x.detach().cpu().contiguous()
+        if self.world == 1:
+            return own
+        parts = [torch.empty_like(own) for _ in range(self.world)] if self.first else None
+        with said_of_lost():
+            dist.gather(own, parts, dst=0)
+        return own if parts is None else torch.cat(parts, dim)
 
     def exchanged(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
         """The parts of a flat tensor that every rank has for this one, `sent[r]` of its elements being for rank r."""
@@ -235,13 +253,18 @@ def rank_device(device: str, local_rank: int) -> torch.device:
 def rank_exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted.") -> int:
     """`errors.exit_code` of a command that may be one of several ranks, of which only the first speaks, but for an
     error that it can't know of. (What is no `UserError` is a bug and keeps its traceback, on any rank.) Parts from the
-    others where the command came to its end.
+    others, but for an end that they do not share: with NCCL it might wait for one that is gone.
     """
+    alone = True
 
     def speaking_for_itself() -> int | None:
+        nonlocal alone
         try:
-            return command()
+            code = command()
+            alone = False
+            return code
         except UserError as error:
+            alone = not isinstance(error, OfAllRanks)
             if not _silent() or not _only_here(error):
                 raise
             stack.enter_context(contextlib.redirect_stderr(aloud))
@@ -251,12 +274,28 @@ def rank_exit_code(command: Callable[[], int | None], interrupted: str = "Interr
     with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
         stack.enter_context(_time_to_say_so())
         if _silent():
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
+            stack.enter_context(_all_into(nowhere))
         code = exit_code(speaking_for_itself, interrupted)
-    if dist.is_initialized() and (code != USER_ERROR_EXIT or dist.get_backend() == "gloo"):
-        dist.destroy_process_group()  # with NCCL, after an error, it might wait for a rank that is gone
+    if not alone or (dist.is_initialized() and dist.get_backend() == "gloo"):
+        Ranks.part()
     return code
+
+
+@contextlib.contextmanager
+def _all_into(nowhere: TextIO) -> Iterator[None]:
+    """Inside, nothing is heard of Python's output, that of loggers included, which keep the stream they began with."""
+    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    handlers = [h for logger in loggers for h in logger.handlers if isinstance(h, logging.StreamHandler)]
+    ours = (sys.stdout, sys.stderr)  # a handler without a stream of its own asks sys each time
+    heard = [(handler, handler.stream) for handler in handlers if vars(handler).get("stream") in ours]
+    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        for handler, _ in heard:
+            handler.setStream(nowhere)
+        try:
+            yield
+        finally:
+            for handler, stream in heard:
+                handler.setStream(stream)
 
 
 @contextlib.contextmanager

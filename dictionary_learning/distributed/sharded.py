@@ -119,11 +119,11 @@ class _Sharded(_ByKTrainer):
 
     def whole_dictionary(self) -> Dictionary:
         """The dictionary of all ranks' latents, on every rank; takes part in a message to all."""
-        state = self._whole(self.ae.state_dict(), SPLIT)
+        state = self._whole(self.ae.state_dict(), self.ranks.stacked)
         return type(self.ae).from_state_dict(state).to(self.device)
 
-    def _whole(self, parts: dict[str, Tensor], split: dict[str, int]) -> dict[str, Tensor]:
-        return {n: self.ranks.stacked(x, split[n]) if n in split else x.clone() for n, x in parts.items()}
+    def _whole(self, parts: dict[str, Tensor], stacked: Callable[[Tensor, int], Tensor]) -> dict[str, Tensor]:
+        return {n: stacked(x, SPLIT[n]) if n in SPLIT else x.clone() for n, x in parts.items()}
 
     def _part(self, x: Tensor, dim: int) -> Tensor:
         return x.chunk(self.ranks.world, dim)[self.ranks.rank].contiguous()
@@ -143,12 +143,13 @@ class _Sharded(_ByKTrainer):
         return adam | {"state": state}
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the unsharded trainer; takes part in a message to all."""
-        state = super().state_dict()
+        """That of the unsharded trainer, on the first rank (on a GPU there may be no room for it); takes part in a
+        message to it."""
+        state, stacked = super().state_dict(), self.ranks.stacked_by_first
         return state | {
-            "ae": self._whole(state["ae"], SPLIT),
-            "optimizer": self._of_moments(state["optimizer"], self.ranks.stacked),
-            "tokens_since_fired": self.ranks.stacked(state["tokens_since_fired"]),
+            "ae": self._whole(state["ae"], stacked),
+            "optimizer": self._of_moments(state["optimizer"], stacked),
+            "tokens_since_fired": stacked(state["tokens_since_fired"]),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

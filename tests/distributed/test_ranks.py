@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dictionary_learning import record
-from dictionary_learning.config import DictionarySpec, RunConfig, SentenceSettings
+from dictionary_learning.config import DictionarySpec, RunConfig
 from dictionary_learning.distributed import Ranks, job, join, rank_exit_code
 from dictionary_learning.distributed.ranks import OfAllRanks, rank_device
 from dictionary_learning.distributed.sharded import sharded_trainer_class
@@ -75,7 +76,12 @@ def test_alone_nothing_is_sent() -> None:
     assert ranks.agreed("SIGINT") == "SIGINT" and ranks.agreed("") == "" and ranks.agreed("", "x") == "x"
     assert list(ranks.merged({"trainer_10": 1, "trainer_9": 2})) == ["trainer_10", "trainer_9"]
     x = torch.arange(3.0)
-    assert ranks.total(x) is x and ranks.stacked(x) is x and ranks.exchanged(x, [3], [3]) is x
+    assert (
+        ranks.total(x) is x
+        and ranks.stacked(x) is x
+        and torch.equal(ranks.stacked_by_first(x), x)
+        and ranks.exchanged(x, [3], [3]) is x
+    )
     with pytest.raises(UserError, match="^full$"), ranks.together():
         raise UserError("full")
 
@@ -150,15 +156,21 @@ def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 def test_only_the_first_rank_speaks(
     environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, heard: bool
 ) -> None:
+    handler = logging.StreamHandler()  # made before, as those of packages that were imported
+    environment.setattr(logging.getLogger("a package"), "handlers", [handler])
+
     def refuse() -> int:
         print("a plan")
+        logging.getLogger("a package").warning("a warning")
         raise UserError("The corpus is empty.")
 
     environment.setenv("RANK", rank)
+    environment.setenv("LOCAL_RANK", rank)
     assert rank_exit_code(refuse) == 2
     printed = capsys.readouterr()
-    assert (printed.out == "a plan\n") is heard
-    assert (printed.err == "Error: The corpus is empty.\n") is heard
+    assert printed.out == ("a plan\n" if heard else "")
+    assert printed.err == ("a warning\nError: The corpus is empty.\n" if heard else "")
+    assert handler.stream is sys.stderr
 
 
 @pytest.mark.parametrize(
@@ -186,10 +198,31 @@ def test_what_the_first_rank_can_not_know_another_rank_says(
     environment.setenv("LOCAL_RANK", local_rank)
     environment.setattr("torch.distributed.is_initialized", lambda: met)
     environment.setattr("torch.distributed.get_backend", lambda: "nccl")
+    parted: list[bool] = []
+    environment.setattr("torch.distributed.destroy_process_group", lambda: parted.append(True))
     assert rank_exit_code(refuse) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == (f"Error: On rank 1: {error}\n" if heard else "")
+    assert parted == ([True] if isinstance(error, OfAllRanks) else [])  # alone it might wait for ever
+
+
+@pytest.mark.parametrize(("end", "code", "parts"), [(None, 0, True), (3, 3, True), (KeyboardInterrupt(), 130, False)])
+def test_ranks_part_where_they_end_together(
+    environment: pytest.MonkeyPatch, end: int | BaseException | None, code: int, parts: bool
+) -> None:
+    environment.setattr("torch.distributed.is_initialized", lambda: True)
+    environment.setattr("torch.distributed.get_backend", lambda: "nccl")
+    parted: list[bool] = []
+    environment.setattr("torch.distributed.destroy_process_group", lambda: parted.append(True))
+
+    def command() -> int | None:
+        if isinstance(end, BaseException):
+            raise end
+        return end
+
+    assert rank_exit_code(command) == code
+    assert parted == [True] * parts
 
 
 def test_a_bug_keeps_its_traceback_on_any_rank(environment: pytest.MonkeyPatch) -> None:
@@ -215,7 +248,7 @@ def test_the_command_that_goes_on_starts_as_many_ranks(environment: pytest.Monke
     assert record.resume_command() == "torchrun ... -m dictionary_learning train --save_dir 'a b' --resume"
     environment.delenv("WORLD_SIZE")
     assert job.launcher() == ["python"]
-    assert record.resume_command() == "python -m dictionary_learning train --save_dir 'a b' --resume"
+    assert record.resume_command().endswith(" -m dictionary_learning train --save_dir 'a b' --resume")
 
 
 def test_a_rank_that_torchrun_started_again_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -226,7 +259,7 @@ def test_a_rank_that_torchrun_started_again_goes_on(monkeypatch: pytest.MonkeyPa
     assert job.restarted(tmp_path)
 
 
-def sweep(architectures: Sequence[str], hook_points: Sequence[str], sentence: bool = False) -> RunConfig:
+def sweep(architectures: Sequence[str], hook_points: Sequence[str]) -> RunConfig:
     return RunConfig(
         model_name="embedded",
         corpus="embedded",
@@ -236,7 +269,6 @@ def sweep(architectures: Sequence[str], hook_points: Sequence[str], sentence: bo
         eval_tokens=64,
         eval_contexts=4,
         max_activation_norm_multiple=None,
-        sentence=SentenceSettings() if sentence else None,
     )
 
 
@@ -263,7 +295,6 @@ def test_a_job_is_spread_by_what_its_dictionaries_cost() -> None:
         (sweep(["top_k"], ["a"]), Ranks(), True, "there is one: start several"),
         (sweep(["top_k", "standard"], ["a"]), Ranks(0, 2), True, "'standard' can't be split"),
         (sweep(["top_k"], ["a"]), Ranks(0, 2), False, "2 ranks have only 1 dictionary to train: start at most 1"),
-        (sweep(["top_k"], ["sentence_embedding"], sentence=True), Ranks(0, 2), False, "A sentence encoder runs on one"),
     ],
 )
 def test_jobs_that_can_not_be_spread(config: RunConfig, ranks: Ranks, shard: bool, sentence: str) -> None:

