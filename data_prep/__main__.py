@@ -31,33 +31,34 @@ class PrepConfig:
     <corpus>/<split>.jsonl or .parquet files."""
 
     corpora: tuple[str, ...] = ()
-    """Which corpora to take, in this order: medqa, medmcqa, pubmedqa, mmlu_college_medicine, mmlu_clinical_knowledge,
-    mmlu_professional_medicine. Default: all that the source has."""
+    """Corpora to take, in this order, of medqa, medmcqa, pubmedqa, mmlu_college_medicine, mmlu_clinical_knowledge and
+    mmlu_professional_medicine (default: all that the source has)."""
 
     out: Path | None = None
-    """Folder for the table: parquet files, dataset card, skipped.jsonl."""
+    """Folder for the table: parquet files, dataset card, skipped.jsonl. Without it and --push_to, records are counted
+    only."""
 
     overwrite: bool = False
     """Replace an earlier table in the --out folder (other files in it stay)."""
 
     push_to: str | None = None
-    """Hub repository (user/name) to push the table to, as a data set."""
+    """Dataset repository on the Hub (user/name) to push the table to; needs HF_TOKEN or `hf auth login`."""
 
     private: bool = False
-    """Make the Hub repository private."""
+    """Make that repository private."""
 
     dedupe: bool = False
-    """Drop exact and near duplicates; the first of each family stays."""
+    """Leave out exact and near duplicates, but for the first of each family."""
 
     dedupe_threshold: float = 0.8
-    """Jaccard similarity of word triples from which two texts are near duplicates."""
+    """Share of word triples (of all that either text has, Jaccard's) from which two texts are near duplicates."""
 
     split: tuple[float, float, float] | None = None
-    """Fractions of train, validation and test, like 0.98 0.01 0.01. All records of a question go to one split.
-    Default: everything is train."""
+    """Fractions of train, validation and test, like 0.98 0.01 0.01 (default: everything is train). All records of a
+    question go to one split."""
 
     seed: int = 0
-    """Seed of the split."""
+    """Of the split: another number, another choice of questions."""
 
     strict: bool = False
     """Stop at the first record that can't be formatted, instead of skipping it with its reason."""
@@ -173,9 +174,9 @@ def _notes(config: PrepConfig) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Gives the exit code: 0, 2 for what the user can mend (one sentence on stderr), 130 after Ctrl-C."""
-    import tyro
+    from dictionary_learning.command_line import parse
 
-    config = tyro.cli(PrepConfig, args=argv, prog="python -m data_prep", use_underscores=True)
+    config = parse(PrepConfig, argv, "python -m data_prep" if argv is None else "sae-factory prep")
 
     def command() -> None:
         prepare(config)

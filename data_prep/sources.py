@@ -14,7 +14,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -30,7 +30,9 @@ from data_prep.formats import (
 )
 from data_prep.splits import question_key
 from dictionary_learning.errors import UserError, did_you_mean
-from dictionary_learning.untrusted import parquet_rows, spellable
+from dictionary_learning.parquet_files import parquet_rows
+from dictionary_learning.stopping import StoppedWaiting, interruptible, waited_for
+from dictionary_learning.untrusted import spellable
 
 log = logging.getLogger("data_prep")
 
@@ -105,8 +107,10 @@ def stream_texts(
     start: int = 0,
     hub_retries: int = 100,
     hub_wait: float = 20.0,
+    commits: Mapping[str, str] | None = None,
 ) -> Iterator[TextRecord]:
-    """Texts of `corpora` (None: all six, those present in a folder) from "hub", "embedded" or a folder.
+    """Texts of `corpora` (None: all six, those present in a folder) from "hub", "embedded" or a folder; those of the
+    Hub as they were at the `commits`, {hub path: commit}, where these are given.
 
     `start` passes over the first `start` texts: what comes then is exactly what an unbroken stream would yield next,
     and records skipped before that point are not reported again. `strict` stops at the first bad record.
@@ -120,7 +124,8 @@ def stream_texts(
         raise UserError(f"Hub reads need at least 1 try and a wait of 0 s or more, not {hub_retries} and {hub_wait:g}.")
     specs = chosen_corpora(corpora)
     if str(source) == "hub":
-        raw = _chain(read_hub(spec, retries=hub_retries, wait=hub_wait) for spec in specs)
+        at = commits or {}
+        raw = _chain(read_hub(spec, retries=hub_retries, wait=hub_wait, commit=at.get(spec.hub_path)) for spec in specs)
         shown = "the Hub"
     else:
         folder = SAMPLES_DIR if str(source) == "embedded" else Path(source)
@@ -316,11 +321,13 @@ class HubSplit:
         return self._dataset.state_dict()
 
 
-def open_hub_split(hub_path: str, split: str, first_row: int, place: Place | None = None) -> Iterable[dict[str, Any]]:
+def open_hub_split(
+    hub_path: str, split: str, first_row: int, place: Place | None = None, revision: str | None = None
+) -> Iterable[dict[str, Any]]:
     """The rows of a dataset on the Hub from `first_row` on, streamed. The seam that tests replace."""
     from datasets import load_dataset
 
-    return HubSplit(load_dataset(hub_path, split=split, streaming=True), first_row, place)
+    return HubSplit(load_dataset(hub_path, split=split, streaming=True, revision=revision), first_row, place)
 
 
 def hub_rows(
@@ -332,30 +339,35 @@ def hub_rows(
     wait: float = 20.0,
     instead: str = "a local file or folder",
     places: dict[int, Place] | None = None,
+    commit: str | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of any dataset on the Hub after the first `start`, with their numbers, which count from 1.
+    """The rows of a dataset on the Hub (as of a `commit`) after the first `start`, with their numbers, from 1 on.
 
     With `places`, {row: `Place`}, reading begins at the last of them before the row that is wanted, and every
     `PLACE_ROWS` rows one is entered.
 
-    A read that breaks is tried again, `wait` seconds later, after the last row it gave; `retries` failures in a row
-    without a new row, or one that no retry can mend, end in a UserError that advises to work offline with `instead`.
+    A read that breaks is tried again, `wait` seconds later, after the last row it gave; `retries` failures without a
+    new row, or one that no retry can mend, end in a UserError that advises to work offline with `instead`.
     """
     from datasets.exceptions import DatasetNotFoundError
 
     hopeless = (DatasetNotFoundError, ImportError, TypeError, AttributeError, NameError)
+    options: dict[str, Any] = {} if commit is None else {"revision": commit}
     row, failures = start, 0
     while True:
         try:
-            known = [place for at, place in (places or {}).items() if at <= row]
-            nearest = {"place": max(known, key=lambda place: place.row)} if known else {}
-            rows = open_hub_split(hub_path, split, row, **nearest)
-            for record in rows:
+            if known := [place for at, place in (places or {}).items() if at <= row]:
+                options["place"] = max(known, key=lambda place: place.row)
+            with interruptible():
+                rows = open_hub_split(hub_path, split, row, **options)
+            for record in waited_for(rows):
                 row, failures = row + 1, 0
                 if places is not None and row % PLACE_ROWS == 0 and hasattr(rows, "state_dict"):
                     places[row] = Place(row, rows.state_dict())
                 yield row, record
             return
+        except StoppedWaiting:
+            raise
         except Exception as error:
             failures += 1
             shown = f"{type(error).__name__}: {_one_line(error)}"
@@ -363,18 +375,24 @@ def hub_rows(
             offline = "offlinemode" in shown.lower().replace(" ", "")
             if isinstance(error, hopeless) or offline or type(error) is ValueError or failures >= retries:
                 tries = "1 try" if failures == 1 else f"{failures:,} tries"
+                at, gone = "", ""
+                if commit is not None:
+                    at, gone = f", commit {commit[:12]}", "; where that is gone, --override takes the newest"
                 raise UserError(
-                    f"Could not read {hub_path} (split {split}) from the Hub after {tries} ({shown}): check the "
-                    f"network, or work offline with {instead}."
+                    f"Could not read {hub_path} (split {split}{at}) from the Hub after {tries} ({shown}): check the "
+                    f"network, or work offline with {instead}{gone}."
                 ) from error
             log.warning("%s: %s; try %d of %d in %g s", hub_path, shown, failures + 1, retries, wait)
-        time.sleep(wait)
+        with interruptible():
+            time.sleep(wait)
 
 
-def read_hub(spec: CorpusSpec, *, retries: int = 100, wait: float = 20.0) -> Iterator[RawRecord]:
+def read_hub(
+    spec: CorpusSpec, *, retries: int = 100, wait: float = 20.0, commit: str | None = None
+) -> Iterator[RawRecord]:
     """One of the six corpora, streamed from the Hub by `hub_rows`."""
     instead = f"the embedded samples or a folder that holds {spec.name}/{spec.split}.jsonl or .parquet"
-    for row, record in hub_rows(spec.hub_path, spec.split, retries=retries, wait=wait, instead=instead):
+    for row, record in hub_rows(spec.hub_path, spec.split, retries=retries, wait=wait, instead=instead, commit=commit):
         yield RawRecord(spec.name, spec.split, f"{spec.hub_path} row {row}", record)
 
 

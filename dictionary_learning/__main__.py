@@ -1,5 +1,3 @@
-import sys
+from dictionary_learning.cli import program
 
-from dictionary_learning.cli import main
-
-sys.exit(main())
+program()

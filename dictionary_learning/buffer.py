@@ -364,7 +364,6 @@ class ActivationBuffer:
             "provenance": None if self._provenance is None else self._provenance.clone(),
             "context": torch.from_numpy(self._context.copy()),
             **self._slots.state_dict(),
-            "exhausted": self._exhausted,
             "rows_drawn": self.rows_drawn,
             "source": self.source.state_dict(),
         }
@@ -383,7 +382,8 @@ class ActivationBuffer:
             self._provenance.copy_(state["provenance"])
         self._context[:] = state["context"].numpy()
         self._slots.load_state_dict(state)
-        self._exhausted, self.rows_drawn = state["exhausted"], state["rows_drawn"]
+        self._exhausted = False  # its source may have been made longer; if not, it says so again
+        self.rows_drawn = state["rows_drawn"]
         self.source.load_state_dict(state["source"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 COMMANDS = {  # name -> (module:function that takes the arguments and gives the exit code, one line of help)
     "prep": ("data_prep.__main__:main", "medical QA records -> one table of texts (also: python -m data_prep)"),
@@ -60,5 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return getattr(importlib.import_module(module), function)(arguments)
 
 
+def program() -> NoReturn:
+    """The installed command: behind a Ctrl-C it does not wait for the exit hooks of libraries."""
+    from dictionary_learning.stopping import end_process
+
+    end_process(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,18 @@ def shown_trainers(config: RunConfig) -> list[str]:
     for index, spec in enumerate(config.dictionaries):
         by_architecture.setdefault(spec.architecture, []).append(index)
     return [f"trainer_{which[len(which) // 2]}" for which in by_architecture.values()][:SHOWN_DICTIONARIES]
+
+
+@contextlib.contextmanager
+def warnings_said() -> Iterator[None]:
+    """Print the warnings inside the block as sentences, without the line of the program that they come from."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        finally:
+            for warning in caught:
+                print(f"Warning: {warning.message}")
 
 
 def print_plan(config: RunConfig, plan: Plan) -> None:

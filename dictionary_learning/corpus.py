@@ -16,31 +16,21 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dictionary_learning.errors import UserError, did_you_mean
-from dictionary_learning.untrusted import bounded_lines, listed, parquet_rows, rows_allowance, spellable
+from dictionary_learning.parquet_files import parquet_rows
+from dictionary_learning.untrusted import bounded_lines, listed, spellable
 
 log = logging.getLogger("dictionary_learning")
 
 SHUFFLE_BLOCK = 50_000  # documents; about 50 MB of medical QA text
 TEXT_SUFFIXES = (".jsonl", ".ndjson", ".jsonl.gz", ".parquet", ".txt")
-
-
-class HubTries(NamedTuple):
-    """How often a read from the Hub is tried, and how many seconds apart."""
-
-    number: int
-    wait: float
-
-
-HUB_TRIES = HubTries(100, 20.0)  # a run waits out half an hour without a network
-FIRST_TRIES = HubTries(1, 0.0)  # a look before the run begins does not (the Hub client itself tries for 20 s)
 
 
 class Text(NamedTuple):
@@ -55,8 +45,8 @@ class Text(NamedTuple):
 class Corpus:
     """A named, re-readable collection of texts: `read(start)` yields `Text`s from document number `start` on.
 
-    `fingerprint` changes when the content does (file names, sizes, first and last bytes; the Hub path), so that a
-    resumed run can tell that its corpus was exchanged.
+    `fingerprint` changes when the content does (file names, sizes, first and last bytes; on the Hub path and commit),
+    so that a resumed run can tell that its corpus was exchanged.
     """
 
     name: str
@@ -64,6 +54,8 @@ class Corpus:
     fingerprint: str
     places: dict[int, Any] | None = None
     """Of a Hub dataset: {document: what to tell it to go on there}, filled by reading; a part of a stream's state."""
+    commits: Mapping[str, str] = field(default_factory=dict)
+    """{dataset: the commit it is read at} of those on the Hub. Whatever is pushed meanwhile, a run reads one state."""
 
 
 class TextStream:
@@ -183,7 +175,7 @@ def corpus_from_iterable(data: Iterable[Any], name: str = "texts") -> Corpus:
     def read(start: int) -> Iterator[Text]:
         items = data[start:] if isinstance(data, Sequence) else itertools.islice(iter(data), start, None)
         for item in items:
-            yield _as_text(item, name)
+            yield as_text(item, name)
 
     if not isinstance(data, Sequence):
         return Corpus(name, read, "stream")
@@ -191,7 +183,8 @@ def corpus_from_iterable(data: Iterable[Any], name: str = "texts") -> Corpus:
     return Corpus(name, read, digest.hexdigest())
 
 
-def _as_text(item: Any, corpus: str, where: str = "") -> Text:
+def as_text(item: Any, corpus: str, where: str = "") -> Text:
+    """The text of a string, a record with a `text`, or a `Text`. Raises UserError for anything else, saying `where`."""
     if isinstance(item, Text):
         return item
     if isinstance(item, str):
@@ -212,43 +205,48 @@ def _as_text(item: Any, corpus: str, where: str = "") -> Text:
     raise UserError(f"Corpus '{corpus}' yields {type(item).__name__}{where} where a text is expected.")
 
 
-def open_corpus(spec: str | os.PathLike[str], *, hub_split: str = "train") -> Corpus:
+def open_corpus(
+    spec: str | os.PathLike[str], *, hub_split: str = "train", commits: Mapping[str, str] | None = None
+) -> Corpus:
     """The corpus that a command line names.
 
     Args:
         spec: "embedded" (the sample records of this project), "medical_qa" (the six corpora on the Hub), a file or
             folder (.jsonl, .parquet, .txt with a `text` each; or raw records of the six corpora), or a Hub dataset as
             "user/name" or "hf://user/name".
+        commits: {dataset: commit} to read those on the Hub at; None takes the newest.
 
     Raises:
         UserError: nothing there, nothing in it, or no `text`.
     """
+    from dictionary_learning.hub_corpus import hub_corpus
+
     spec = os.fspath(spec)
     if not spec.strip():
         raise UserError("The corpus has no name: give a file, a folder, a Hub dataset, 'embedded' or 'medical_qa'.")
     path = Path(spec).expanduser()
     name = path.resolve().name
     if spec == "embedded":
-        return _medical_corpus("embedded", "embedded")
+        from data_prep.embedded import SAMPLES_DIR
+
+        return medical_corpus("embedded", "embedded", _fingerprint(_files_below(SAMPLES_DIR)))
     if spec == "medical_qa" and not path.exists():
-        _checked(_medical_corpus("medical_qa", "hub", tries=FIRST_TRIES))
-        return _medical_corpus("medical_qa", "hub")
+        return hub_corpus(spec, hub_split, commits)
     if path.is_dir():
         from data_prep.sources import looks_like_raw_records
 
         if looks_like_raw_records(path):
-            return _checked(_medical_corpus(name, str(path), _fingerprint(_files_below(path))))
+            return checked_corpus(medical_corpus(name, str(path), _fingerprint(_files_below(path))))
         files = _files_below(path)
         if not files:
             raise UserError(f"Corpus folder '{spec}' holds no {', '.join(TEXT_SUFFIXES)} file.")
-        return _checked(_file_corpus(name, files))
+        return checked_corpus(_file_corpus(name, files))
     if path.is_file():
         if not name.endswith(TEXT_SUFFIXES):
             raise UserError(f"Corpus file '{spec}' is none of {', '.join(TEXT_SUFFIXES)}.")
-        return _checked(_file_corpus(name, [path]))
+        return checked_corpus(_file_corpus(name, [path]))
     if spec.startswith("hf://") or _looks_like_hub_path(spec):
-        _checked(_hub_corpus(spec.removeprefix("hf://"), hub_split, FIRST_TRIES))
-        return _hub_corpus(spec.removeprefix("hf://"), hub_split)
+        return hub_corpus(spec.removeprefix("hf://"), hub_split, commits)
     raise UserError(
         f"Corpus '{spec}' not found: give an existing file or folder, a Hub dataset as hf://user/name, 'embedded' or "
         f"'medical_qa'.{did_you_mean(path.name, [*_siblings(path), 'embedded', 'medical_qa'])}"
@@ -261,7 +259,7 @@ def _looks_like_hub_path(spec: str) -> bool:
     return not local and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", spec) is not None
 
 
-def _checked(corpus: Corpus) -> Corpus:
+def checked_corpus(corpus: Corpus) -> Corpus:
     """The corpus, once its first text was read: an empty or unreadable one is refused before a run begins."""
     if next((text for text in corpus.read(0) if text.text.strip()), None) is None:
         raise UserError(f"Corpus '{corpus.name}' is empty: it holds no text.")
@@ -298,14 +296,11 @@ def _fingerprint(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _medical_corpus(
-    name: str,
-    source: str,
-    fingerprint: str | None = None,
-    corpora: list[str] | None = None,
-    tries: HubTries = HUB_TRIES,
+def medical_corpus(
+    name: str, source: str, fingerprint: str, corpora: list[str] | None = None, **reading: Any
 ) -> Corpus:
-    """Raw records of the six medical QA corpora (or of `corpora`), formatted on the way by data_prep.
+    """Raw records of the six medical QA corpora (or of `corpora`), formatted on the way by data_prep, which takes
+    `reading` too.
 
     A record that can't be formatted is left out, each time with a warning that says why (data_prep can list them).
     """
@@ -316,18 +311,9 @@ def _medical_corpus(
         def skipped(record: SkippedRecord) -> None:
             log.warning("Corpus '%s': %s is left out: %s.", name, record.where, record.reason)
 
-        for row in stream_texts(
-            source, corpora, start=start, skipped=skipped, hub_retries=tries.number, hub_wait=tries.wait
-        ):
+        for row in stream_texts(source, corpora, start=start, skipped=skipped, **reading):
             yield Text(row["text"], row["source_dataset"], row["question_key"])
 
-    if fingerprint is None:
-        if source == "embedded":
-            from data_prep.embedded import SAMPLES_DIR
-
-            fingerprint = _fingerprint(_files_below(SAMPLES_DIR))
-        else:
-            fingerprint = f"hub:{source}"
     return Corpus(name, read, fingerprint)
 
 
@@ -335,7 +321,7 @@ def _file_corpus(name: str, files: Sequence[Path]) -> Corpus:
     def read(start: int) -> Iterator[Text]:
         rows = ((row, file, number) for file in files for number, row in enumerate(_rows(file), 1))
         for row, file, number in itertools.islice(rows, start, None):
-            yield _as_text(row, file.parent.name if len(files) > 1 else name, f" in {file.name}, record {number}")
+            yield as_text(row, file.parent.name if len(files) > 1 else name, f" in {file.name}, record {number}")
 
     return Corpus(name, read, _fingerprint(files))
 
@@ -353,7 +339,7 @@ def _rows(file: Path) -> Iterator[Any]:
     opener = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8-sig", errors="replace") as lines:
-            for number, line in enumerate(bounded_lines(lines, rows_allowance(file)), 1):
+            for number, line in enumerate(bounded_lines(lines, file), 1):
                 if line.strip():
                     yield line.rstrip("\n") if file.suffix == ".txt" else _parsed(line, file, number)
     except UserError:
@@ -368,20 +354,3 @@ def _parsed(line: str, file: Path, number: int) -> Any:
     except (ValueError, RecursionError) as error:
         why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(f"Corpus file '{file}', line {number}, is not valid JSON: {why}.") from error
-
-
-def _hub_corpus(path: str, split: str, tries: HubTries = HUB_TRIES) -> Corpus:
-    from data_prep.sources import CORPORA, hub_rows
-
-    for spec in CORPORA.values():
-        if spec.hub_path == path:
-            return _medical_corpus(path, "hub", f"hub:{path}", [spec.name], tries)
-
-    places: dict[int, Any] = {}
-
-    def read(start: int) -> Iterator[Text]:
-        rows = hub_rows(path, split, start=start, retries=tries.number, wait=tries.wait, places=places)
-        for row, record in rows:
-            yield _as_text(record, path, f" in split '{split}', row {row}")
-
-    return Corpus(path, read, f"hub:{path}:{split}", places)

@@ -22,13 +22,13 @@ import itertools  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-import tyro  # noqa: E402
-
 from dictionary_learning import storage  # noqa: E402
+from dictionary_learning.command_line import parse  # noqa: E402
 from dictionary_learning.config import RunConfig  # noqa: E402
 from dictionary_learning.demo_args import DemoArgs, resolve_config  # noqa: E402
 from dictionary_learning.distributed import Ranks, join, rank_exit_code  # noqa: E402
 from dictionary_learning.errors import UserError  # noqa: E402
+from dictionary_learning.stopping import end_process  # noqa: E402
 
 if TYPE_CHECKING:
     from dictionary_learning.activations.language_model import TracedLM
@@ -37,15 +37,14 @@ if TYPE_CHECKING:
     from dictionary_learning.buffer import ActivationBuffer
     from dictionary_learning.corpus import Corpus, TextStream
     from dictionary_learning.packing import ContextPacker
+    from dictionary_learning.record import Commits
 
 
-def load_model(config: RunConfig, device: Any) -> TracedLM:
-    """The run's language model."""
-    from data_prep.embedded import MODEL_DIR
+def load_model(config: RunConfig, device: Any, revision: str | None = None) -> TracedLM:
+    """The run's language model, from the Hub at a revision."""
     from dictionary_learning.activations.fitting import FittingLM
 
-    name = str(MODEL_DIR) if config.model_name == "embedded" else config.model_name
-    lm = FittingLM.load(name, dtype=config.dtype, device=device)
+    lm = FittingLM.load(config.model_name, dtype=config.dtype, device=device, revision=revision)
     if lm.max_positions is not None and config.ctx_len > lm.max_positions:
         raise UserError(
             f"ctx_len {config.ctx_len} is longer than the {lm.max_positions} positions of {config.model_name}."
@@ -115,7 +114,6 @@ def make_buffer(
     config: RunConfig, lm: Any, corpus: Corpus, ranks: Ranks, wanted: Sequence[Any], read_ahead: int | None = None
 ) -> ActivationBuffer:
     """The buffer that mixes them, of the hook points that each rank wants."""
-    from dictionary_learning.buffer import ActivationBuffer
     from dictionary_learning.distributed.harvest import RankedBuffer
 
     shared: dict[str, Any] = {
@@ -125,29 +123,29 @@ def make_buffer(
         "out_batch_size": config.batch_size,
         "device": ranks.device,
         "seed": config.seed,
+        "read_ahead": read_ahead,
+        "ranks": ranks,
+        "wanted": wanted,
     }
     if config.sentence is not None:
-        return ActivationBuffer(None, make_source(config, lm, corpus), **shared, read_ahead=read_ahead)
+        return RankedBuffer(None, make_source(config, lm, corpus), None, **shared)
     return RankedBuffer(
         make_stream(config, corpus, heldout=False),
         lm,
         config.hook_points,
         remove_bos=config.remove_bos,
         max_activation_norm_multiple=config.max_activation_norm_multiple,
-        read_ahead=read_ahead,
-        ranks=ranks,
-        wanted=wanted,
         **shared,
     )
 
 
-def open_inputs(config: RunConfig, device: Any) -> tuple[Any, Corpus]:
+def open_inputs(config: RunConfig, device: Any, commits: Commits) -> tuple[Any, Corpus]:
     """The model and the corpus, whose held-out part is looked at now and not behind days of training."""
     from dictionary_learning import sentence_run
     from dictionary_learning.corpus import open_corpus
 
-    corpus = open_corpus(config.corpus)
-    lm = (load_model if config.sentence is None else sentence_run.load_encoder)(config, device)
+    corpus = open_corpus(config.corpus, commits=commits.corpus)
+    lm = (load_model if config.sentence is None else sentence_run.load_encoder)(config, device, commits.model)
     next(make_stream(config, corpus, heldout=True))
     return lm, corpus
 
@@ -191,7 +189,7 @@ def run_training(
     Raises:
         UserError: anything about the configuration, the model, the corpus or the folder that can't be.
     """
-    from dictionary_learning import console, planning
+    from dictionary_learning import console, planning, record
     from dictionary_learning import job as main_job
     from dictionary_learning.device_guard import device_guard
     from dictionary_learning.distributed import job as ranked
@@ -206,7 +204,8 @@ def run_training(
         guards = device_guard(ranks.device, max_temperature, resume_temperature)
         if ranks.first and not dry_run:
             storage.check_run_folder(save_dir, resume=resume, overwrite=overwrite)
-        lm, corpus = open_inputs(config, ranks.device)
+        commits = record.commits_of(save_dir, config) if resume and not override else record.Commits()
+        lm, corpus = open_inputs(config, ranks.device, commits)
         save_steps = main_job.checkpoint_steps(config, save_checkpoints)
         plan = planning.plan_run(config, lm, len(save_steps))
         if dry_run and ranks.first:
@@ -241,6 +240,7 @@ def run_training(
     code = job.train(run)
     if code is None:
         code = job.evaluate(run, lambda: make_heldout(config, lm, corpus))
+    ranks.part()
     return job.publish(run, report, hf_repo_id, hf_private) if code is None else code
 
 
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, 2 for what the user can mend (one sentence), 3 for an incomplete run, 4 for a failed push,
     130 or 143 when stopped."""
     prog = None if argv is None else "sae-factory train"  # which hands its arguments on
-    args = tyro.cli(DemoArgs, args=argv, prog=prog, use_underscores=True)
+    args = parse(DemoArgs, argv, prog)
     return run_command(args)
 
 
@@ -271,4 +271,4 @@ def run_command(args: DemoArgs) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main)

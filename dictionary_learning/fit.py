@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from dictionary_learning import storage
+from dictionary_learning.command_line import parse
 from dictionary_learning.errors import UserError, exit_code
 from dictionary_learning.sae_config import SAEConfig, load_sae_config
 
@@ -36,6 +37,8 @@ BUFFER_MB = 512  # of the buffer that mixes those
 MOST_HELDOUT_ROWS = 100_000  # that are measured on, where the activations are not in memory
 LOOKS = 20  # at the held-out loss in a run whose config doesn't say eval_steps
 INCOMPLETE_EXIT = 3
+LENGTH = ("epochs", "num_steps")  # more of them make a run longer
+UNBOUND = ("path", "device")  # may differ between a run and its resume
 
 
 @dataclass
@@ -59,7 +62,9 @@ class FitArgs:
     resume_temperature: float | None = None
     """Until it is below this (default: 10 degrees less)."""
     resume: bool = False
-    """Go on with the interrupted run in save_dir."""
+    """Go on with the interrupted run in save_dir; with more epochs or num_steps, make a run longer."""
+    override: bool = False
+    """With --resume: allow other settings than the run began with."""
     overwrite: bool = False
     """Replace a run that save_dir holds."""
 
@@ -75,6 +80,7 @@ def fit(
     max_temperature: float | None = None,
     resume_temperature: float | None = None,
     resume: bool = False,
+    override: bool = False,
     overwrite: bool = False,
 ) -> int:
     """The command; prints the table. The exit code: 0, 3 where the activations ended early, 128 + signal.
@@ -83,14 +89,19 @@ def fit(
         UserError: anything about the config, the activations, the device or the folder that can't be.
     """
     from dictionary_learning.activations.saved import SavedActivations
+    from dictionary_learning.console import warnings_said
     from dictionary_learning.device_guard import device_guard
     from dictionary_learning.devices import resolve_device
     from dictionary_learning.heldout import HeldOut
-    from dictionary_learning.record import kept_state
+    from dictionary_learning.record import kept_state, resume_command
+    from dictionary_learning.resume import carried_settings
     from dictionary_learning.stopping import EXIT_CODES
     from dictionary_learning.tracking import ProgressSink
+    from dictionary_learning.trainers.sparse_autoencoder import SparseAutoencoderTrainer
     from dictionary_learning.training import TrainingRun
 
+    if override and not resume:
+        raise UserError("--override is about going on with a run: it needs --resume.")
     torch_device = resolve_device(config.device if device is None else device)
     guards = device_guard(torch_device, max_temperature, resume_temperature)
     storage.check_run_folder(save_dir, resume=resume, overwrite=overwrite)
@@ -98,7 +109,15 @@ def fit(
     name = _hook_point(source, hook_point, activations, config.input_dims)
     data, heldout, rows = _split(source, name, config, torch_device)
     steps = config.steps(rows)
-    trainer = config.trainer(steps, device=torch_device, submodule_name=name)
+    facts = _record(config, activations, name, rows, len(heldout))
+    changed = _check_same(save_dir, facts, override) if resume else []
+    state = None
+    if resume and storage.saved_states(save_dir / "state"):
+        with warnings_said():
+            state = storage.load_newest_state(save_dir / "state")[1]
+    began = next(iter(state.get("settings", [])), None) if state is not None and not changed else None
+    carried = carried_settings(began, SparseAutoencoderTrainer)
+    trainer = config.trainer(steps, device=torch_device, submodule_name=name, **carried)
     watch = HeldOut(heldout, config.eval_steps or max(1, steps // LOOKS), save_best_only=config.save_best_only)
     callbacks: list[Callback] = [watch, *guards]
     run = TrainingRun(
@@ -114,15 +133,15 @@ def fit(
     )
     # What can be refused was refused: from here on files change.
     storage.prepare_run_folder(save_dir, resume=resume, overwrite=overwrite)
-    facts = _record(config, activations, name, rows, len(heldout))
-    if resume:
-        _check_same(save_dir, facts)
+    if state is not None:
+        run.load_state_dict(state, override)
+        print(f"Resuming at step {run.step:,} of {steps:,}.")
+    elif resume:
+        print("The run was interrupted before its first saved state: it begins anew.")
+    for change in changed:
+        print(f"Warning: {change}: from here on it is not the run that began.")
     storage.write_json(save_dir / "run.json", facts | {"status": "running"})
     config.save(save_dir / "config.yaml")
-    if resume and storage.saved_states(save_dir / "state"):
-        step, state = storage.load_newest_state(save_dir / "state")
-        run.load_state_dict(state)
-        print(f"Resuming at step {step:,} of {steps:,}.")
     print(
         f"{config.input_dims} -> {config.n_features} latents on {torch_device}: {steps:,} steps of {config.batch_size} "
         f"rows, {rows:,} to train on, {len(heldout):,} held out."
@@ -131,7 +150,8 @@ def fit(
     if run.stopped in EXIT_CODES:
         run.tracker.close()
         storage.write_json(save_dir / "run.json", facts | {"status": f"stopped: {run.stopped}"})
-        print(f"Stopped by {run.stopped} after step {run.step:,}; {kept_state(run)}. Add --resume to go on.")
+        print(f"Stopped by {run.stopped} after step {run.step:,}; {kept_state(run)}. Go on with:")
+        print(f"  {resume_command()}")
         return EXIT_CODES[run.stopped]
     _finish(run, watch, heldout, save_dir)
     run.tracker.close()
@@ -206,18 +226,23 @@ def _record(config: SAEConfig, activations: str, name: str, rows: int, heldout: 
     }
 
 
-def _check_same(save_dir: Path, facts: dict[str, Any]) -> None:
-    """Refuse to go on with other settings or activations than the run began with."""
+def _check_same(save_dir: Path, facts: dict[str, Any], override: bool) -> list[str]:
+    """Refuse to go on with other settings or activations than the run began with, but for more steps; what differs,
+    where `override` allows it. It is entered into `facts`."""
+    from dictionary_learning.resume import differences, refuse
+
     old = storage.read_json(save_dir / "run.json")
     if not isinstance(old, dict) or old.get("command") != "fit":
         raise UserError(f"The run in '{save_dir}' was not made by 'sae-factory fit': resume it with its own command.")
-    before = {**old["sae_config"], **old["activations"]}
-    now = {**facts["sae_config"], **facts["activations"]}
-    differing = [key for key in now if key not in ("path", "device") and before.get(key) != now[key]]
-    if differing:
-        raise UserError(
-            f"The run in '{save_dir}' began with other settings ({', '.join(differing)}): resume it with the same."
-        )
+    began, now = (
+        {key: value for part in parts if isinstance(part, dict) for key, value in part.items() if key not in UNBOUND}
+        for parts in ((record.get("sae_config"), record.get("activations")) for record in (old, facts))
+    )
+    found = [d for d in differences(began, now) if not (d.field in LENGTH and d.old and d.new and d.new > d.old)]
+    changed = refuse(f"The run in '{save_dir}'", found, override)
+    before_this = old.get("resumed")
+    facts["resumed"] = [*(before_this if isinstance(before_this, list) else []), {"changed": changed}]
+    return changed
 
 
 def _finish(run: TrainingRun, watch: Any, heldout: Tensor, save_dir: Path) -> None:
@@ -252,7 +277,7 @@ def _finish(run: TrainingRun, watch: Any, heldout: Tensor, save_dir: Path) -> No
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, 2 for what the user can mend (one sentence), 3 for an incomplete run, 130 or 143 when stopped."""
-    args = tyro.cli(FitArgs, args=argv, use_underscores=True, prog="sae-factory fit")
+    args = parse(FitArgs, argv, "sae-factory fit")
     save_dir = args.save_dir or Path("runs") / args.config.stem
 
     def job() -> int:
@@ -267,6 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 max_temperature=args.max_temperature,
                 resume_temperature=args.resume_temperature,
                 resume=args.resume,
+                override=args.override,
                 overwrite=args.overwrite,
             )
 

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import tyro
-
 from dictionary_learning import storage
 from dictionary_learning.activations.shards import COMPLETE, FORMAT, MANIFEST, VERSION, read_manifest
+from dictionary_learning.command_line import parse
 from dictionary_learning.corpus import Text, TextStream
 from dictionary_learning.demo_args import load_demo_config, names_sentence_encoder
 from dictionary_learning.errors import UserError, did_you_mean, exit_code
@@ -165,7 +164,8 @@ def run_harvest(config: HarvestConfig, out: Path, *, device: str = "auto") -> di
 
     begun = check_folder(out)
     torch_device = resolve_device(device)
-    corpus = open_corpus(config.corpus)
+    pinned = None if begun is None else begun["corpus"].get("commits", {})  # on the Hub, a harvest reads one commit
+    corpus = open_corpus(config.corpus, commits=pinned if isinstance(pinned, dict | None) else {})
     lm = load_model(cast("RunConfig", config), torch_device)  # reads model_name, dtype and ctx_len
     source = make_source(config, lm, corpus)
     header = make_header(config, lm, corpus, source)
@@ -271,7 +271,8 @@ def make_header(
         },
         "dtype": str(source.dtype).removeprefix("torch."),
         "max_rows": source.max_rows,
-        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint, "split": config.split},
+        "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint, "split": config.split}
+        | ({"commits": dict(corpus.commits)} if corpus.commits else {}),
         "settings": {
             "ctx_len": config.ctx_len,
             "harvest_contexts": config.harvest_contexts,
@@ -355,7 +356,7 @@ def check_disk(out: Path, expected: int | None, saved: int, bytes_per_row: int) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, 2 for what can be mended, 3 where the corpus ended early, 4 where only the push failed, 130."""
-    args = tyro.cli(HarvestArgs, args=argv, prog="sae-factory harvest", use_underscores=True)
+    args = parse(HarvestArgs, argv, "sae-factory harvest")
     return exit_code(lambda: run_command(args), "Interrupted: the same command goes on with this harvest.")
 
 

@@ -10,12 +10,13 @@ import contextlib
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dictionary_learning.errors import UserError
 
 REACH_SECONDS = 6.0  # for the first answer; the client by itself would wait for minutes
+LOOK_SECONDS = 10.0  # for what a run can do without
 ANSWER_SECONDS = 300.0  # for any later one; the Hub takes its time over a large commit
 MESSAGE_CHARACTERS = 300
 
@@ -96,6 +97,17 @@ def reach_hub(endpoint: str | None = None) -> None:
         raise TimeoutError(f"no answer within {REACH_SECONDS:.0f} s")
     if failed:
         raise failed[0]
+
+
+def dataset_commits(paths: Iterable[str]) -> dict[str, str]:
+    """Dataset -> its newest commit; of none where one can't be told, such as without a network."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = {path: HfApi(endpoint=hub_endpoint()).dataset_info(path, timeout=LOOK_SECONDS).sha for path in paths}
+    except Exception:  # noqa: BLE001 - no network, offline mode, a sick Hub: the reading that follows says so
+        return {}
+    return {path: sha for path, sha in found.items() if sha} if all(found.values()) else {}
 
 
 def open_repository(api: Any, repo_id: str, *, repo_type: str, private: bool) -> Any:

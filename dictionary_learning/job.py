@@ -108,7 +108,8 @@ class Job:
         if self.ranks.first:
             self._warnings = record.check_resumable(self.save_dir, self.config, self.facts, override)
             if storage.saved_states(self.save_dir / "state"):
-                self.state = storage.load_newest_state(self.save_dir / "state")[1]
+                with console.warnings_said():
+                    self.state = storage.load_newest_state(self.save_dir / "state")[1]
 
     def settings(self) -> Sequence[Any] | None:
         """The settings that the trainers of a run that goes on began with, on every rank; None where it begins."""
@@ -144,6 +145,10 @@ class Job:
         began_at = time.monotonic()
         try:
             run.run()
+        except KeyboardInterrupt:
+            print(f"Left at once, in step {run.step + 1:,}; {record.kept_state(run)}. Go on with:")
+            print(f"  {record.resume_command()}")
+            raise
         except Exception as error:
             with contextlib.suppress(OSError):
                 self.note(f"failed: {error}"[:500])
@@ -155,10 +160,10 @@ class Job:
             sentence_run.print_stream_facts(run, cast("SentenceActivations", cast("Any", run.data).source))
         if run.stopped not in EXIT_CODES:
             return None
-        run.tracker.close()
         self.note(f"stopped: {run.stopped}")
         print(f"Stopped by {run.stopped} after step {run.step:,}; {record.kept_state(run)}. Go on with:")
-        print(f"  {record.resume_command()}")
+        print(f"  {record.resume_command()}", flush=True)
+        run.tracker.close()  # which may wait for a server
         return EXIT_CODES[run.stopped]
 
     def evaluate(self, run: TrainingRun, heldout: Callable[[], Any]) -> int | None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
 from dictionary_learning.errors import UserError
+from dictionary_learning.stopping import in_a_hurry, interruptible
 
 Item = TypeVar("Item", covariant=True)
 JOIN_S = 5.0  # a read that hangs (a dead network) must not hold up the end of the program for ever
@@ -45,7 +46,8 @@ class _Queue:
 class ReadAhead(Generic[Item]):
     """Iterates over `source` with up to `depth` items made ahead by a thread, which waits while the queue is full.
 
-    An error of the source is raised where its item would have been handed out. Whatever else the source offers
+    An error of the source is raised where its item would have been handed out; `StoppedWaiting` where a run that waits
+    for an item is to end. Whatever else the source offers
     (`ctx_len`, `corpora`, ...) is asked of it directly. The thread starts with the first item and ends with the source,
     with `close()`, or when this object is no longer used.
 
@@ -75,7 +77,8 @@ class ReadAhead(Generic[Item]):
         if self._stop is None and not queue.ended:
             self._start()
         with queue.changed:
-            queue.changed.wait_for(lambda: queue.made or queue.ended)
+            with interruptible():
+                queue.changed.wait_for(lambda: queue.made or queue.ended)
             if queue.made:
                 item, self._state = queue.made.popleft()
                 queue.changed.notify_all()
@@ -150,5 +153,5 @@ def _end(queue: _Queue, thread: threading.Thread) -> None:
     with queue.changed:
         queue.stopping = True
         queue.changed.notify_all()
-    if thread is not threading.current_thread():  # the last reference may be dropped by the thread itself
+    if thread is not threading.current_thread() and not in_a_hurry():  # it may be the thread that drops the last of it
         thread.join(JOIN_S)

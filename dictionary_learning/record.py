@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dictionary_learning import __version__, storage
 from dictionary_learning.config import RunConfig, config_from_dict
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     from dictionary_learning.activations.language_model import TracedLM
     from dictionary_learning.corpus import Corpus
     from dictionary_learning.training_run import TrainingRun
+
+PROBE = "Paracetamol 500 mg, 3×/day:\n\n\tO'Brien's née «Weiß» had 頭痛 at -0.5 °C  (see Dr. A.B.)!"  # for tokenizers
 
 
 def package_versions() -> dict[str, str]:
@@ -40,12 +45,41 @@ def run_record(config: RunConfig, lm: TracedLM, corpus: Corpus, device: Any) -> 
         "status": "running",
         "config": config.to_dict(),
         "corpus_fingerprint": corpus.fingerprint,
-        "model": storage.finite(lm.config),
+        **({"corpus_commits": dict(corpus.commits)} if corpus.commits else {}),
+        "model": storage.finite(lm.config) | {"tokenizer": tokenizer_digest(lm.tokenizer)},
         "device": str(device),
         "versions": package_versions(),
         "git_revision": git_revision(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """What tells a tokenizer from another: its vocabulary, and what it makes of a text of all kinds of characters."""
+    known = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"], tokenizer.all_special_ids]
+    return hashlib.sha256(repr(known).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+class Commits(NamedTuple):
+    """At which commits on the Hub a run reads its model and its corpus; None: at the newest."""
+
+    model: str | None = None
+    corpus: Mapping[str, str] | None = None
+
+
+def commits_of(save_dir: Path, config: RunConfig) -> Commits:
+    """Those that the run in `save_dir` began with, as far as its model and corpus are those of `config`. Raises
+    UserError where its run.json is damaged."""
+    found = storage.read_json(save_dir / "run.json")
+    record = found if isinstance(found, dict) else {}
+    settings, model, commits = (
+        part if isinstance(part := record.get(key), dict) else {} for key in ("config", "model", "corpus_commits")
+    )
+    revision = model.get("revision") if settings.get("model_name") == config.model_name else None
+    at = {path: commit for path, commit in commits.items() if isinstance(commit, str)}
+    return Commits(
+        revision if isinstance(revision, str) else None, at if settings.get("corpus") == config.corpus else None
+    )
 
 
 def git_revision() -> str | None:
@@ -77,16 +111,25 @@ def check_resumable(save_dir: Path, config: RunConfig, record: dict[str, Any], o
     if not isinstance(old, dict) or not isinstance(old.get("model"), dict) or "config" not in old:
         raise UserError(f"'{path}' is no record of such a run: give the --save_dir of a run of this command.")
     was = config_from_dict(old["config"], str(path))
+    states = old.get("states")
+    had_one = isinstance(states, dict) and states.get("newest") is not None
+    if (had_one or old.get("status") == "complete") and not storage.saved_states(save_dir / "state"):
+        raise UserError(
+            f"The run in '{save_dir}' has no saved state any more (its state/ is gone): it can't go on. Give another "
+            "folder, or start it anew with --overwrite in place of --resume."
+        )
     found = [d for d in differences(was.to_dict(), config.to_dict()) if not _is_longer(d)]
     changed = refuse(f"The run in '{save_dir}'", found, override)
+    weights, tokenizer = record["model"]["weights"], record["model"]["tokenizer"]
     for what, before, now in (
-        (f"The weights of '{config.model_name}' have", old["model"].get("weights"), record["model"]["weights"]),
+        (f"The weights of '{config.model_name}' have", old["model"].get("weights"), weights),
+        (f"The tokenizer of '{config.model_name}' has", old["model"].get("tokenizer", tokenizer), tokenizer),
         (f"The corpus '{config.corpus}' has", old.get("corpus_fingerprint"), record["corpus_fingerprint"]),
     ):
         if before != now and not override:
             raise UserError(
-                f"{what} changed since the run in '{save_dir}' began ({str(before)[:16]} -> {str(now)[:16]}): go back "
-                "to what it was, start anew, or add --override."
+                f"{what} changed since the run in '{save_dir}' began ({str(before)[-16:]} -> {str(now)[-16:]}): go "
+                "back to what it was, start anew, or add --override."
             )
         changed += [f"{what} changed"] if before != now else []
     record["started"] = old.get("started", record["started"])
@@ -148,4 +191,6 @@ def resume_command() -> str:
         start = [*job.launcher(), "-m", "dictionary_learning"]
     elif given[0].endswith(".py"):
         start = [*job.launcher(), given[0]]
+    if start[0] == "python" and shutil.which("python") != sys.executable:
+        start[0] = sys.executable or "python"  # `python` on this machine is another one, or none
     return shlex.join([*start, *given[1:], "--resume"])

@@ -24,13 +24,15 @@ KEEP_MB = 1024.0  # of embeddings, for later epochs; part of every saved state
 EVALUATION = "reconstruction of held-out activations; without a language model there is no loss to recover"
 
 
-def load_encoder(config: RunConfig, device: Any) -> SentenceEncoder:
-    """The run's sentence encoder, which cuts texts at `ctx_len` tokens. Raises UserError where it can't."""
+def load_encoder(config: RunConfig, device: Any, revision: str | None = None) -> SentenceEncoder:
+    """The run's sentence encoder, from the Hub at a revision, which cuts texts at `ctx_len` tokens.
+
+    Raises UserError where it can't."""
     from dictionary_learning.activations.sentence_encoder import SentenceEncoder, check_level
 
     assert config.sentence is not None
     check_level(config.sentence.level, hook_points=config.hook_points)
-    encoder = SentenceEncoder.load(config.model_name, dtype=config.dtype, device=device)
+    encoder = SentenceEncoder.load(config.model_name, dtype=config.dtype, device=device, revision=revision)
     longest = encoder.max_positions
     if longest is not None and config.ctx_len > longest:
         raise UserError(

@@ -1,14 +1,22 @@
-"""Signals that end a run: Ctrl-C and SIGTERM become a request that is looked at where the run can be put down."""
+"""Signals that end a run: Ctrl-C and SIGTERM become a request that is looked at where the run can be put down.
+
+That is between two steps, or where it waits for data that may be long in coming (`interruptible`), such as from a Hub
+that does not answer. A second Ctrl-C is in a hurry: from then on nothing is waited for, neither a server that hangs nor
+a thread in a read (`in_a_hurry`), and a process that is one command ends without the exit hooks of libraries
+(`end_process`), of which wandb's waits a minute for a server that does not answer.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn, TypeVar
 
+T = TypeVar("T")
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}  # 128 + the signal's number, as shells count
 
 
@@ -18,11 +26,29 @@ class StopRequest:
     reason = ""
 
 
+class StoppedWaiting(Exception):
+    """The run was asked to end while it waited for its data."""
+
+
+class _Now:
+    """What the main thread, which alone receives signals, is at."""
+
+    request: StopRequest | None = None  # to which waits are to end
+    waiting = False
+    in_a_hurry = False
+
+
+_now = _Now()
+
+
 @contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(end_waits: bool = False) -> Iterator[StopRequest]:
     """Inside, SIGINT and SIGTERM are a request that is looked at between steps; a Ctrl-C behind one leaves at once.
 
     Outside of the main thread, which alone receives signals, nothing changes.
+
+    Args:
+        end_waits: a request also ends what is `interruptible`; whoever sets this takes its StoppedWaiting.
 
     Raises:
         KeyboardInterrupt: at the second Ctrl-C.
@@ -35,15 +61,54 @@ def stop_requests() -> Iterator[StopRequest]:
     def handle(signum: int, frame: Any) -> None:
         if request.reason:
             if signum == signal.SIGINT:
+                _now.in_a_hurry = True
                 raise KeyboardInterrupt
             return
         request.reason = signal.Signals(signum).name
         with contextlib.suppress(OSError, RuntimeError):  # a signal may come in the middle of another write
             sys.stderr.write(f"\n{request.reason}: stopping behind this step. Ctrl-C leaves at once.\n")
             sys.stderr.flush()
+        if _now.request is request and _now.waiting:
+            raise StoppedWaiting
 
-    with _handled({signal.SIGINT: handle, signal.SIGTERM: handle}):
-        yield request
+    _now.in_a_hurry = False
+    _now.request = request if end_waits else None
+    try:
+        with _handled({signal.SIGINT: handle, signal.SIGTERM: handle}):
+            yield request
+    finally:
+        _now.request = None
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Around a wait for data: in the main thread a request to stop, of a run that takes it, ends it.
+
+    Raises:
+        StoppedWaiting: it was asked to stop, now or before.
+    """
+    if _now.request is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if _now.request.reason:
+        raise StoppedWaiting
+    _now.waiting = True
+    try:
+        yield
+    finally:
+        _now.waiting = False
+
+
+def waited_for(items: Iterable[T]) -> Iterator[T]:
+    """The items, each waited for `interruptible`."""
+    iterator = iter(items)
+    while True:
+        with interruptible():
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item
 
 
 @contextlib.contextmanager
@@ -70,3 +135,19 @@ def _handled(handlers: dict[signal.Signals, Any]) -> Iterator[None]:
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+
+
+def in_a_hurry() -> bool:
+    """Whether a second Ctrl-C asked to leave at once."""
+    return _now.in_a_hurry
+
+
+def end_process(command: Callable[[], int]) -> NoReturn:
+    """Run a command, and end the process with its exit code; where a signal ended it, without waiting for anything."""
+    code = command()
+    if code not in EXIT_CODES.values():
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -15,18 +15,21 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from torch import Tensor
 
 from dictionary_learning.errors import UserError
-from dictionary_learning.untrusted import checked
+from dictionary_learning.stopping import StoppedWaiting, interruptible
+from dictionary_learning.untrusted import checked, shown
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: the disk, or the quota
 STATES_KEPT = 2
+DISK_TRIES, DISK_WAIT = 100, 20.0  # to write what would be lost, and seconds between two of them
 STATE_VERSION = 1
 _STATE_FILES = ("state.json", "state.safetensors")
 _TENSOR, _ITEMS, _FLOAT = "__tensor__", "__items__", "__float__"  # what state.json marks, since JSON lacks it
@@ -181,9 +184,9 @@ def load_newest_state(folder: Path) -> tuple[int, Any]:
             tensors = load_file(path / "state.safetensors")
             return int(manifest["step"]), _decode(json.loads((path / "state.json").read_text("utf-8")), tensors)
         except Exception as error:  # whatever is wrong with it, the one before may be whole
-            why = f"{type(error).__name__}: {error}"
+            why = f"{type(error).__name__}: {shown(error, 200)}"
             warnings.warn(f"The saved state {path.name} is damaged ({why}); trying the one before.", stacklevel=2)
-    raise UserError(f"There is no usable saved state in '{folder}': start the run anew without --resume.")
+    raise UserError(f"There is no usable saved state in '{folder}': start anew (with --overwrite, without --resume).")
 
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -288,6 +291,32 @@ def _said_of(folder: Path) -> Iterator[None]:
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"save_dir '{folder}' can't be written ({why}): give another folder.") from error
+
+
+def patiently(write: Callable[[], None], lost: Callable[[], bool], say: Callable[[str], None]) -> None:
+    """Write the results of a run. Where the disk refuses them and they would be `lost` it is told, and tried again for
+    half an hour, in which somebody may make room; a stop request gives up.
+
+    Raises:
+        UserError: the last refusal, see `disk_faults_said`.
+    """
+    for tries_left in reversed(range(DISK_TRIES)):
+        try:
+            return write()
+        except UserError as error:
+            if not tries_left or not lost():
+                raise
+            if tries_left == DISK_TRIES - 1:
+                why = getattr(error.__cause__, "strerror", None) or error
+                say(
+                    f"Warning: the disk takes neither the state nor the dictionaries ({why}): make room for them. "
+                    f"It is tried every {DISK_WAIT:g} s for {DISK_TRIES * DISK_WAIT / 60:.0f} minutes; Ctrl-C gives up."
+                )
+            try:
+                with interruptible():
+                    time.sleep(DISK_WAIT)
+            except StoppedWaiting:
+                raise error from None
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from dictionary_learning import weights_and_biases
 from dictionary_learning.errors import UserError
+from dictionary_learning.stopping import in_a_hurry
 from dictionary_learning.storage import atomic_file, disk_faults_said, finite
 
 log = logging.getLogger("dictionary_learning")
@@ -283,7 +284,7 @@ class WandbSink(SilentSink):
 
     def _close(self, failed: bool) -> None:
         thread, self._thread = self._thread, None
-        if thread is None:
+        if thread is None or in_a_hurry():
             return
         if not self._given_up:
             self._events.put(("close", failed))

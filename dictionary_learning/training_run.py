@@ -25,7 +25,7 @@ from dictionary_learning.distributed import job
 from dictionary_learning.distributed.ranks import OfAllRanks, Ranks
 from dictionary_learning.errors import UserError
 from dictionary_learning.states import StateWriter
-from dictionary_learning.stopping import StopRequest, stop_requests
+from dictionary_learning.stopping import StoppedWaiting, StopRequest, stop_requests
 from dictionary_learning.tracking import JsonlSink, Sink, Tracker
 from dictionary_learning.trainers.trainer import SAETrainer
 from dictionary_learning.training_inputs import Parts, TrainingInputs
@@ -139,7 +139,7 @@ class TrainingRun:
         self._told |= set(self.stopped_dictionaries)
         first, failed, at_once = self.step, True, False
         try:
-            with stop_requests() as self._request:
+            with stop_requests(end_waits=self.ranks.world == 1) as self._request:
                 while self.step < self.steps and not self.stopped:
                     self._training = True
                     self._one_step()
@@ -164,6 +164,8 @@ class TrainingRun:
     def _one_step(self) -> None:
         try:
             parts = next(self.inputs, None)
+        except StoppedWaiting:
+            return
         except Exception as error:  # such as a damaged line in the corpus; no trainer has seen anything of this step
             if self.ranks.world == 1 or isinstance(error, OfAllRanks):
                 self._save_before_failing()
@@ -329,9 +331,12 @@ class TrainingRun:
             self.save_state(wait=False)
 
     def _put_down(self) -> None:
+        if self.save_dir is not None and self.states is not None:
+            states, alone = self.states, self.ranks.world == 1
+            storage.patiently(self._save_all, lambda: alone and states.saved_step != self.step, self.tracker.message)
+
+    def _save_all(self) -> None:
         """The state first: whatever happens to the dictionaries' files, it brings them back."""
-        if self.save_dir is None:
-            return
         if self.stopped or self.state_every or self.final_state:
             self.save_state()
         for index in range(len(self.trainers)):

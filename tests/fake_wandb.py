@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+HANGS = 60.0  # seconds, unless it is released before
 CALLS = ("setup", "init", "define_metric", "log", "log_artifact", "wait", "finish")
 
 
@@ -42,7 +43,7 @@ class FakeWandb:
         if self.calls.count(name) <= self.after:
             return
         if name == self.hangs_at:
-            self.released.wait(60)
+            self.released.wait(HANGS)
         if name == self.fails_at:
             raise ConnectionError("401: the key planted-" + "k" * 33 + " is not valid")
 

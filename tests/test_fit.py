@@ -141,7 +141,8 @@ def test_an_interrupted_fit_goes_on_to_the_same_bytes(
     with monkeypatch.context() as patched:
         patched.setattr(HeldOut, "__call__", interrupting)
         assert run("--overwrite") == 130
-    assert "Add --resume to go on" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "after step 11; its state is saved. Go on with:" in out and out.splitlines()[-1].endswith("--resume")
     assert json.loads(Path("run/run.json").read_text())["status"] == "stopped: SIGINT"
     assert run("--resume") == 0
     assert weights() == unbroken and Path("run/metrics.jsonl").read_text() == told
@@ -161,7 +162,7 @@ def test_a_fit_whose_disk_is_full_claims_no_state_and_ends_in_a_sentence(
         patched.setattr(fit.storage, "save_state", full)
         patched.setattr(HeldOut, "__call__", interrupting)
         assert run() == 130
-    assert "after step 3; no state could be saved. Add --resume" in capsys.readouterr().out
+    assert "after step 3; no state could be saved. Go on with:" in capsys.readouterr().out
     monkeypatch.setattr(fit.storage, "write_json", full)
     assert run("--overwrite") == 2
     assert "Error: 'run' can't be written (No space left on device): free some space" in capsys.readouterr().err
@@ -171,14 +172,41 @@ def test_a_resume_with_other_settings_or_activations_is_refused(here: Path, caps
     assert run() == 0
     write(k=5, lr=1e-3)
     assert run("--resume") == 2
-    assert "began with other settings (k, learning_rate)" in capsys.readouterr().err
+    assert "began with other settings (k: 4 -> 5; learning_rate: None -> 0.001)" in capsys.readouterr().err
+    write(epochs=2)
+    assert run("--resume") == 2
+    assert "(epochs: 3 -> 2)" in capsys.readouterr().err
     write()
     torch.save(activations(700), "acts.pt")
     assert run("--resume") == 2
-    assert "(rows, heldout_rows)" in capsys.readouterr().err
+    assert "(rows: 540 -> 630; heldout_rows: 60 -> 70)" in capsys.readouterr().err
     torch.save(activations(seed=5), "acts.pt")
     assert run("--resume") == 2
     assert "saved position is in other activations" in capsys.readouterr().err
+
+
+def test_other_settings_are_allowed_when_told_so(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run() == 0
+    write(lr=1e-3, epochs=4)
+    assert run("--resume", "--override") == 0
+    out = capsys.readouterr().out
+    assert "Resuming at step 27 of 36" in out
+    assert "Warning: learning_rate: None -> 0.001: from here on it is not the run that began." in out
+    assert load_dictionary("run/trainer_0")[1]["trainer"]["lr"] == 1e-3
+    record = json.loads(Path("run/run.json").read_text())
+    assert record["resumed"] == [{"changed": ["learning_rate: None -> 0.001"]}]
+    assert run("--override", "--overwrite") == 2, "without --resume there is nothing to override"
+
+
+def test_a_finished_fit_can_be_made_longer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(scheduler="constant", epochs=1, lr=1e-3)
+    assert run() == 0
+    rate = load_dictionary("run/trainer_0")[1]["trainer"]["warmup_steps"]
+    write(scheduler="constant", epochs=5, lr=1e-3)
+    assert run("--resume") == 0
+    out, steps = capsys.readouterr().out, [json.loads(line)["step"] for line in open("run/metrics.jsonl")]
+    assert "Resuming at step" in out and "Warning" not in out and steps == sorted(set(steps))
+    assert load_dictionary("run/trainer_0")[1]["trainer"]["warmup_steps"] == rate
 
 
 @pytest.mark.parametrize(

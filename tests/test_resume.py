@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
-from fault_cases import STEPS, B, D, F, at_step, config, same_bits, states, stream, trainer, weights
+from fault_cases import STEPS, B, D, F, at_step, config, same_bits, settled, states, stream, trainer, weights
 
 from dictionary_learning import demo, resume, storage, trainSAE
 from dictionary_learning.errors import UserError
@@ -48,7 +49,7 @@ def test_what_differs_is_named_field_by_field() -> None:
 
 
 def test_a_changed_setting_of_a_trainer_is_refused_by_name_unless_it_is_allowed(tmp_path: Path) -> None:
-    trainSAE(stream(), [config()], 12, save_dir=tmp_path, state_every=6)
+    trainSAE(stream(), [config()], 12, save_dir=tmp_path, state_every=6, callbacks=[settled])
     with pytest.raises(UserError, match=r"\(trainer_0.lr: 0.01 -> 0.001; trainer_0.auxk_alpha: 0.125 -> 0.25\)"):
         trainSAE(stream(), [config(auxk_alpha=0.25, lr=1e-3)], STEPS, save_dir=tmp_path, resume=True)
     with pytest.warns(UserWarning, match="goes on with another setting, trainer_0.lr: .* -> 0.001"):
@@ -101,6 +102,24 @@ def test_the_main_job_names_what_changed_and_goes_on_when_told_to(run: Any) -> N
     record = json.loads(Path("run/run.json").read_text())
     assert record["started"] == began and "eval_tokens: 300 -> 200" in record["resumed"][-1]["changed"]
     assert run("--override")[0] == 2, "without --resume there is nothing to override"
+
+
+def test_a_run_whose_states_are_gone_does_not_begin_anew_over_what_it_made(run: Any) -> None:
+    assert run()[0] == 0
+    weights = Path("run/trainer_0/ae.safetensors").read_bytes()
+    shutil.rmtree("run/state")
+    code, _, err = run("--resume", "--num_tokens", "12800")
+    assert code == 2 and "has no saved state any more (its state/ is gone)" in err and "--overwrite" in err
+    assert Path("run/trainer_0/ae.safetensors").read_bytes() == weights
+
+
+def test_a_damaged_state_is_told_in_a_sentence(run: Any) -> None:
+    assert run("--state_every", "5")[0] == 0
+    newest = storage.saved_states(Path("run/state"))[0]
+    (newest / "manifest.json").unlink()
+    code, out, err = run("--resume")
+    assert code == 0 and f"Warning: The saved state {newest.name} is damaged (FileNotFoundError" in out
+    assert "job.py" not in out + err
 
 
 def test_a_run_that_is_none_is_no_traceback(run: Any) -> None:

@@ -13,7 +13,6 @@ import torch
 from fake_wandb import FakeWandb, Run, Server
 from test_wandb import KEY, LOG_STEPS, STEPS, train
 
-from dictionary_learning import weights_and_biases
 from dictionary_learning.cli import main as cli
 from dictionary_learning.utils import load_dictionary
 
@@ -36,7 +35,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr(weights_and_biases, "PATIENCE", 0.5)
     yield put
     for fake in fakes:
         fake.released.set()

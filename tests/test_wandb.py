@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_wandb import CALLS, FakeWandb, Server
+from fake_wandb import CALLS, HANGS, FakeWandb, Server
 from test_tracking import wandb_records
 
 from dictionary_learning import tracking, weights_and_biases
@@ -58,12 +58,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def put(fake: FakeWandb) -> FakeWandb:
         fakes.append(fake)
+        if fake.hangs_at:  # else the fake answers at once, but for how busy the machine is
+            monkeypatch.setattr(weights_and_biases, "PATIENCE", 0.5)
         monkeypatch.setitem(sys.modules, "wandb", fake)
         return fake
 
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr(weights_and_biases, "PATIENCE", 0.5)
     yield put
     for fake in fakes:
         fake.released.set()
@@ -229,16 +230,10 @@ def test_a_logger_that_hangs_or_fails_costs_nothing_but_its_log(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     install(FakeWandb(server, **{how: call}))
-    took: list[float] = []
-
-    def stopwatch(run: Any, step: int) -> None:
-        took.append(time.monotonic())
-
     began = time.monotonic()
     with caplog.at_level(logging.WARNING):
-        train(tmp_path / "run", use_wandb=True, callbacks=[stopwatch])
-    assert time.monotonic() - began < 10
-    assert took[-1] - took[0] < 5, "a step waited for the logger"
+        train(tmp_path / "run", use_wandb=True)
+    assert time.monotonic() - began < HANGS / 2, "training waited for the logger"
     same_result(tmp_path / "run", unlogged)
     (warning,) = [entry.getMessage() for entry in caplog.records]
     reason = "it does not answer" if how == "hangs_at" else "the key *** is not valid"
@@ -253,8 +248,8 @@ def test_what_does_not_fit_into_the_queue_is_left_to_sync(
     tmp_path: Path, server: Server, install: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tracking, "QUEUE_LIMIT", 3)
-    monkeypatch.setattr(weights_and_biases, "PATIENCE", 10.0)
     fake = install(FakeWandb(server, hangs_at="init"))
+    monkeypatch.setattr(weights_and_biases, "PATIENCE", 60.0)
     sink = tracking.WandbSink(project="p", entity="e", group="g", directory=tmp_path)
     sink.start(0, {"trainer_0": {}})
     while "init" not in fake.calls:
@@ -289,7 +284,7 @@ from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 import test_wandb
 from dictionary_learning import weights_and_biases
-weights_and_biases.PATIENCE = 2.0
+weights_and_biases.PATIENCE = {patience}
 test_wandb.train(Path({folder!r}), use_wandb=True)
 """
 
@@ -304,10 +299,10 @@ def own_home(tmp_path: Path) -> dict[str, str]:
     return {**kept, "HOME": str(home), "OMP_NUM_THREADS": "1", "WANDB_BASE_URL": "http://127.0.0.1:9"}
 
 
-def in_a_process(folder: Path, environment: dict[str, str]) -> str:
-    script = SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder))
+def in_a_process(folder: Path, environment: dict[str, str], patience: float) -> str:
+    script = SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(folder), patience=patience)
     done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=90, cwd=folder.parent
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=folder.parent
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -323,7 +318,7 @@ def test_training_ends_well_and_soon_where_wandb_can_not(
     with socket.create_server(("127.0.0.1", 0)) as mute:  # it accepts, and says nothing
         if trouble == "nobody answers":
             own_home["WANDB_BASE_URL"] = f"http://127.0.0.1:{mute.getsockname()[1]}"
-        said = in_a_process(tmp_path / "run", own_home)
+        said = in_a_process(tmp_path / "run", own_home, patience=2.0)
     same_result(tmp_path / "run", unlogged)
     assert "Weights & Biases is switched off" in said and "sae-factory sync" in said and "Traceback" not in said
     if key:
@@ -335,7 +330,7 @@ def test_training_ends_well_and_soon_where_wandb_can_not(
 def test_offline_the_runs_stay_on_disk_with_token_axis_and_artifacts(
     tmp_path: Path, own_home: dict[str, str], unlogged: Path
 ) -> None:
-    said = in_a_process(tmp_path / "run", own_home | {"WANDB_MODE": "offline", "WANDB_API_KEY": KEY})
+    said = in_a_process(tmp_path / "run", own_home | {"WANDB_MODE": "offline", "WANDB_API_KEY": KEY}, patience=60.0)
     same_result(tmp_path / "run", unlogged)
     assert "switched off" not in said and KEY not in said
     assert not any(KEY.encode() in path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())

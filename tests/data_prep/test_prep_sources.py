@@ -226,4 +226,5 @@ def test_the_hub_is_asked_for_a_stream_from_the_row_on(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = list(sources.open_hub_split("openlifescienceai/mmlu_college_medicine", "test", 3))
     assert [row["id"] for row in rows] == ["3", "4"]
-    assert asked == {"path": "openlifescienceai/mmlu_college_medicine", "split": "test", "streaming": True}
+    path = "openlifescienceai/mmlu_college_medicine"
+    assert asked == {"path": path, "split": "test", "streaming": True, "revision": None}

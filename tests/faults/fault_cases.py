@@ -61,6 +61,12 @@ def at_step(step: int, action: Callable[[TrainingRun], Any]) -> Any:
     return callback
 
 
+def settled(run: TrainingRun, step: int) -> None:
+    """A callback that waits for the state in flight, so that on a busy machine too each is begun at its step."""
+    assert run.states is not None
+    run.states.finish()
+
+
 class FailingDisk:
     """os.fsync refuses files whose path holds one of `parts` with an error number, so nothing of them is renamed into
     place. `refused` lists what it refused."""

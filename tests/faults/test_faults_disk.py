@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from fault_cases import (
     at_step,
     config,
     same_bits,
+    settled,
     states,
     stream,
     trainer,
@@ -41,15 +44,9 @@ def test_a_disk_that_refuses_states_costs_states_and_not_the_run(
     run = TrainingRun(stream(), [trainer()], STEPS, save_dir=tmp_path, state_every=5, sinks=[said])
 
     def breaks(run: TrainingRun) -> None:
-        run.states.finish()
         disk.parts, disk.number = (".step_",), number
 
-    def mends(run: TrainingRun) -> None:
-        run.states.finish()
-        disk.parts = ()
-
-    waits = at_step(12, lambda run: run.states.finish())  # so that on a busy machine too the next state is that of 15
-    run.callbacks = [at_step(7, breaks), waits, at_step(18, mends)]
+    run.callbacks = [settled, at_step(7, breaks), at_step(18, lambda run: setattr(disk, "parts", ()))]
     run.run()
     unbroken = TrainingRun(stream(), [trainer()], STEPS)
     unbroken.run()
@@ -64,11 +61,7 @@ def test_a_disk_that_refuses_states_costs_states_and_not_the_run(
 def test_the_run_does_not_claim_a_state_that_it_lacks(disk: FailingDisk, tmp_path: Path) -> None:
     run = TrainingRun(stream(), [trainer()], STEPS, save_dir=tmp_path, state_every=10)
 
-    def breaks(run: TrainingRun) -> None:
-        run.states.finish()
-        disk.parts = (".step_",)
-
-    run.callbacks = [at_step(12, breaks)]
+    run.callbacks = [settled, at_step(12, lambda run: setattr(disk, "parts", (".step_",)))]
     run.run()
     assert run.states.saved_step == 10 and states(tmp_path) == [10]
     assert run.save_state() is None
@@ -147,6 +140,34 @@ def test_a_disk_that_refuses_the_dictionaries_ends_in_a_sentence_and_resume_fini
     assert job("run", "--resume") == 0
     for file in ("trainer_0/ae.safetensors", "trainer_0/eval_results.json", "metrics.jsonl"):
         assert Path("run", file).read_bytes() == Path("unbroken", file).read_bytes(), file
+
+
+def test_what_no_disk_takes_in_the_end_is_kept_until_there_is_room(
+    disk: FailingDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, waits = Messages(), []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            disk.parts = ()
+
+    monkeypatch.setattr(storage, "time", SimpleNamespace(sleep=wait))
+    run = TrainingRun(stream(), [trainer()], STEPS, save_dir=tmp_path, final_state=True, sinks=[said])
+    with disk.refusing(".step_", "ae.safetensors"):
+        run.run()
+    assert waits == [20.0] * 3 and states(tmp_path) == [STEPS]
+    assert (tmp_path / "trainer_0" / "ae.safetensors").exists()
+    told = [text for text in said.texts if "takes neither" in text]
+    assert len(told) == 1 and "No space left on device" in told[0] and "for 33 minutes" in told[0]
+
+
+def test_a_signal_gives_up_waiting_for_room(disk: FailingDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminate = SimpleNamespace(sleep=lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(storage, "time", terminate)
+    run = TrainingRun(stream(), [trainer()], STEPS, save_dir=tmp_path, final_state=True)
+    with disk.refusing(".step_", "ae.safetensors"), pytest.raises(UserError, match="free some space.*no state was"):
+        run.run()
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])

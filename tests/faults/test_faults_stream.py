@@ -188,6 +188,23 @@ def test_a_hub_that_stays_away_ends_the_run_in_a_sentence_and_a_resume_goes_on(
     same_files()
 
 
+def test_a_signal_while_the_hub_stays_away_saves_a_state_and_a_resume_goes_on(
+    job: Any, hub: LocalHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from data_prep import sources
+
+    assert job("unbroken", corpus="hf://user/texts", steps=40) == 0
+    after(4, lambda: setattr(hub, "failures", [503] * 200), monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+        assert job("run", corpus="hf://user/texts", steps=40) == 143
+    assert "Stopped by SIGTERM after step" in (out := said(capsys)[0]) and "its state is saved. Go on with:" in out
+    assert len(hub.failures) == 199, "it went on trying"
+    hub.failures = []
+    assert job("run", "--resume", corpus="hf://user/texts", steps=40) == 0
+    same_files()
+
+
 def test_a_reading_thread_that_dies_is_told_and_a_resume_ends_as_the_unbroken_run(tmp_path: Path) -> None:
     class Source:
         """Batches that a thread reads ahead, one of which kills it once."""
