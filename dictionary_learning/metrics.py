@@ -64,8 +64,9 @@ class PooledMetrics:
         self.tokens = 0
         self.device = dictionary.decoder_rows.device
         home = "cpu" if self.device.type == "mps" else self.device  # MPS has no float64
-        self.fired_F = torch.zeros(dictionary.dict_size, dtype=torch.bool, device=home)
-        self.sum_D = torch.zeros(dictionary.output_dim, dtype=torch.float64, device=home)
+        # The first batch gives them their widths, which an identity need not know.
+        self.fired_F = torch.zeros(1, dtype=torch.bool, device=home)
+        self.sum_D = torch.zeros(1, dtype=torch.float64, device=home)
         self.sums = torch.zeros(10, dtype=torch.float64, device=home)
 
     @torch.no_grad()
@@ -83,8 +84,8 @@ class PooledMetrics:
         y_norm_B, x_hat_norm_B, dot_B = y.norm(dim=1), x_hat.norm(dim=1), (y * x_hat).sum(1)
         somewhere_B = y_norm_B != 0
         self.tokens += len(y)
-        self.fired_F |= active_BF.any(0)
-        self.sum_D += y.sum(0)
+        self.fired_F = self.fired_F | active_BF.any(0)
+        self.sum_D = self.sum_D + y.sum(0)
         self.sums += torch.stack(
             [
                 active_BF.sum().double(),

@@ -115,9 +115,10 @@ def test_a_known_dictionary_gives_the_numbers_of_the_formulas() -> None:
     )
 
 
-def test_an_identity_is_perfect_and_update_returns_the_reconstruction() -> None:
+@pytest.mark.parametrize("width", [D, None])
+def test_an_identity_is_perfect_and_update_returns_the_reconstruction(width: int | None) -> None:
     x = activations()
-    pooled = PooledMetrics(IdentityDict(D))
+    pooled = PooledMetrics(IdentityDict(width))
     assert torch.equal(pooled.update(x), x)
     result = pooled.result()
     assert (result.frac_variance_explained, result.mse) == (1.0, 0.0)

@@ -85,6 +85,7 @@ class SparseAutoencoder(_LinearDictionary):
             raise UserError("Give k (TopK) or beta_l1 (an L1 penalty), not both: the other is null.")
         self.activation_name, self.input_norm, self.tie_weights = activation, input_norm, tie_weights
         self.unit_norm_decoder, self.beta_l1 = unit_norm_decoder, beta_l1
+        self._kept = k or 0  # `k` as a number of the host: to read the buffer would wait for the device in every step
         self.register_buffer("k", torch.tensor(k or 0, dtype=torch.int))
         self.register_buffer("normalizes_input", torch.tensor(True) if input_norm else None)
         # SiLU of a multiple is no multiple of SiLU, so other units of the data can't move into the biases.
@@ -120,10 +121,9 @@ class SparseAutoencoder(_LinearDictionary):
 
     def encode(self, x: Tensor) -> Tensor:
         f = self.activation(self.preactivations(x))
-        k = int(self.k)
-        if not k:
+        if not self._kept:
             return f
-        kept = f.abs().topk(k, dim=-1, sorted=False).indices
+        kept = f.abs().topk(self._kept, dim=-1, sorted=False).indices
         return torch.zeros_like(f).scatter(-1, kept, f.gather(-1, kept))
 
     def decode(self, f: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class IdentityDict(Dictionary):
 
     @property
     def encoder_rows(self) -> Tensor:
-        return torch.eye(self.activation_dim)
+        return torch.eye(self.activation_dim or 0)  # [0, 0] where the width was not given
 
     decoder_rows = encoder_rows
 

@@ -96,7 +96,10 @@ class SparseCodes(Codes):
         return Bags.apply(values[order], W_FD, split, self.kernels).view(e.n_rows, parts, -1)
 
     def row_sums(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self.n_rows).index_add(0, self.entries.rows_N, values)
+        if values.device.type == "cpu":
+            return values.new_zeros(self.n_rows).index_add(0, self.entries.rows_N, values)
+        # A decoding: CUDA's index_add adds up in another order each time.
+        return Bags.apply(values, values.new_ones(self.entries.n_latents, 1), self.entries, self.kernels)[:, 0]
 
     def firings(self, values: Tensor) -> Tensor:
         return self.kernels.latent_sums((values > 0).to(values.dtype), self.entries)

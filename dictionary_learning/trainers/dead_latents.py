@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dictionary_learning.errors import UserError
 from dictionary_learning.kernels.codes import Preactivations
+from dictionary_learning.kernels.select import places
+from dictionary_learning.streams import OnHost
 
 if TYPE_CHECKING:
     from dictionary_learning.trainers.trainer import SAETrainer
@@ -23,23 +25,17 @@ class Delayed:
     """A number on its way from the device: sent at one look, read at the next, so that nothing waits for it."""
 
     def __init__(self) -> None:
-        self._sent: Tensor | None = None
-        self._arrived: torch.cuda.Event | None = None
+        self._sent: OnHost | None = None
 
     def send(self, number: Tensor) -> None:
-        self._sent = number.to("cpu", non_blocking=number.device.type == "cuda")  # MPS has no event here to wait for
-        if number.device.type == "cuda":
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
+        self._sent = OnHost(number)
 
     def read(self) -> float | None:
         """The number sent last, None before the first."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return None if self._sent is None else float(self._sent)
+        return None if self._sent is None else float(self._sent.get())
 
     def restore(self, number: float | None) -> None:
-        self._sent, self._arrived = None if number is None else torch.tensor(number), None
+        self._sent = None if number is None else OnHost(torch.tensor(number))
 
 
 class AuxK:
@@ -60,6 +56,8 @@ class AuxK:
         self.trainer, self.alpha, self.size = trainer, alpha, min(size, trainer.ae.dict_size)
         self.dead_after_tokens = dead_after_tokens
         self.some_dead = False
+        # Dead latents that a step on CUDA provides for: asking how many there are would wait for the device.
+        self.room = 1 if trainer.device.type == "cuda" else None
         self._count = Delayed()
 
     def dead(self) -> Tensor:
@@ -80,34 +78,34 @@ class AuxK:
         """Relative to the residual's variance; without a bias, which the residual already lacks. Fades out with the
         last dead latents."""
         dead_F = self.dead()
-        x_hat_BD = (self._by_columns if residual_BD.device.type == "cpu" else self._by_entries)(pre, dead_F)
+        x_hat_BD = self._explained(pre, dead_F)
         error = (residual_BD - x_hat_BD).pow(2).sum(-1).mean()
         variance = residual_BD.var(dim=0, correction=0).sum()
         fade = (dead_F.sum() / self.size).clamp(max=1.0)
         return fade * torch.where(variance > 0, error, 0.0) / torch.where(variance > 0, variance, 1.0)
 
-    def _by_columns(self, pre: Preactivations, dead_F: Tensor) -> Tensor:
+    def _explained(self, pre: Preactivations, dead_F: Tensor) -> Tensor:
         """[B, D] through the dead latents' own rows of weights, dense: they are few, and many inputs use each."""
-        dead_N = dead_F.nonzero()[:, 0]
+        dead_N, real_N = places(dead_F, self.room)
         W_FD, bias_F, pre_bias_D = pre.encoder
         x_BD = pre.x_BD if pre_bias_D is None else pre.x_BD - pre_bias_D
-        acts_BN = torch.relu(torch.nn.functional.linear(x_BD, W_FD[dead_N], None if bias_F is None else bias_F[dead_N]))
+        bias_N = None if bias_F is None else bias_F.index_select(0, dead_N)
+        acts_BN = torch.relu(torch.nn.functional.linear(x_BD, W_FD.index_select(0, dead_N), bias_N))
+        if real_N is not None:
+            acts_BN = acts_BN * real_N
         if len(dead_N) > self.size:
             top_Bk = acts_BN.detach().topk(self.size, dim=-1, sorted=False).indices
             acts_BN = acts_BN * torch.zeros_like(acts_BN).scatter_(1, top_Bk, 1.0)
-        return acts_BN @ self.trainer.ae.decoder_rows[dead_N]
-
-    def _by_entries(self, pre: Preactivations, dead_F: Tensor) -> Tensor:
-        """The same without knowing how many are dead, which would wait for the device."""
-        codes = pre.top_k(self.size, among_F=dead_F)
-        values_N = torch.relu(codes.pre) * dead_F[codes.entries.latents_N]  # topk may have had to take living ones
-        return codes.decode(values_N, self.trainer.ae.decoder_rows)[0]
+        return acts_BN @ self.trainer.ae.decoder_rows.index_select(0, dead_N)
 
     def after_update(self, step: int, rows: int) -> None:
         if self.dead_after_tokens is None:
             self.dead_after_tokens = min(10_000_000, max(10, self.trainer.steps // 30) * rows)
         if step % COUNT_INTERVAL == 0:
-            self.some_dead = (self._count.read() or 0) > 0
+            number = int(self._count.read() or 0)
+            self.some_dead = number > 0
+            if self.room is not None:
+                self.room = max(1, min(2 * number, self.trainer.ae.dict_size))
             self._count.send(self.dead().sum())
 
     def logged_tensors(self) -> dict[str, Tensor]:
@@ -117,9 +115,12 @@ class AuxK:
         return {
             "dead_after_tokens": self.dead_after_tokens,
             "some_dead": self.some_dead,
+            "room": self.room,
             "dead_count": self._count.read(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.dead_after_tokens, self.some_dead = state["dead_after_tokens"], state["some_dead"]
+        if self.room is not None:  # in states of CUDA only
+            self.room = state.get("room") or self.trainer.ae.dict_size
         self._count.restore(state["dead_count"])

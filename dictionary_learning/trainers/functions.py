@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,3 +52,14 @@ def seeded(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+def argument_names(cls: type, last: type) -> set[str]:
+    """What the constructor of a class takes, with what it passes on by `**` to those of its bases up to `last`."""
+    names: set[str] = set()
+    for base in cls.__mro__[: cls.__mro__.index(last) + 1]:
+        kinds = {name: taken.kind for name, taken in inspect.signature(base.__init__).parameters.items()}  # type: ignore[misc]
+        names |= {name for name, kind in kinds.items() if kind.name in ("POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")}
+        if inspect.Parameter.VAR_KEYWORD not in kinds.values():
+            break
+    return names - {"self"}

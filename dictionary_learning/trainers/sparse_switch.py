@@ -33,7 +33,7 @@ CAPACITY = 2.0  # entries that a step on CUDA provides for, in units of `leave`
 class SparseSwitch:
     def __init__(self, device_type: str) -> None:
         self.densities = DENSITIES.get(device_type, DENSITIES["cuda"])
-        self.on_cpu = device_type == "cpu"
+        self.may_wait = device_type != "cuda"  # for a number on the device
         self.sparse = False
         self._density = Delayed()
         self._full: Tensor | None = None  # whether the step that is being taken filled all the room there is
@@ -46,7 +46,7 @@ class SparseSwitch:
         size = len(pre.x_BD) * len(pre.encoder.W_FD)
         # On CUDA their number is fixed beforehand: asking for it would wait for the device. Overflow would need the
         # density to double between two looks.
-        capacity = None if self.on_cpu else max(1, int(size * self.densities.leave * CAPACITY))
+        capacity = None if self.may_wait else max(1, int(size * self.densities.leave * CAPACITY))
         codes = pre.above(cutoff_F, capacity)
         self._full = codes.full
         return codes
@@ -57,13 +57,13 @@ class SparseSwitch:
             return
         if self._full is not None:
             density = torch.where(self._full, 1.0, density)
-        if self.on_cpu:
-            self._density.send(density)  # nothing to wait for: this step's own
+        if self.may_wait:
+            self._density.send(density)  # this step's own
         measured = self._density.read()
-        if not self.on_cpu:
+        if not self.may_wait:
             self._density.send(density)
         if measured is not None:
-            if self.sparse and not self.on_cpu and measured == 1:
+            if self.sparse and not self.may_wait and measured == 1:
                 warnings.warn(f"Before step {step:,} more latents fired than a sparse step had room for.", stacklevel=2)
             self.sparse = measured < (self.densities.leave if self.sparse else self.densities.enter)
 

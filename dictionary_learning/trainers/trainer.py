@@ -12,7 +12,6 @@ thresholds) learns in those units, so that the same settings fit a layer with no
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple, TypedDict, get_args
 
@@ -27,7 +26,7 @@ from dictionary_learning.kernels.codes import Encoder, EncoderDtype, Preactivati
 from dictionary_learning.kernels.matmul import fast_matmul
 from dictionary_learning.kernels.products import own_memory
 from dictionary_learning.profiling import span
-from dictionary_learning.trainers.functions import geometric_median, seeded
+from dictionary_learning.trainers.functions import argument_names, geometric_median, seeded
 from dictionary_learning.trainers.health import Stopped
 from dictionary_learning.trainers.optimizer import (
     ConstrainedAdam,
@@ -211,10 +210,8 @@ class SAETrainer(ABC):
 
     @classmethod
     def argument_names(cls) -> set[str]:
-        """What the constructor takes, with what it passes on to those of its bases."""
-        signatures = [inspect.signature(base.__init__) for base in cls.__mro__ if issubclass(base, SAETrainer)]
-        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        return {p.name for s in signatures for p in s.parameters.values() if p.kind in kinds} - {"self", "dict_kwargs"}
+        """What the constructor takes, with what it passes on to those of its bases by `**`."""
+        return argument_names(cls, SAETrainer) - {"dict_kwargs"}
 
     @abstractmethod
     def compute_loss(self, x_BD: Tensor, y_BD: Tensor, step: int) -> LossOutput:
@@ -319,11 +316,11 @@ class SAETrainer(ABC):
             raise RuntimeError("metrics() before the first update()")
         out = self.last
         y_BD = self._batch(x, target)[1]
-        unexplained = (y_BD - out.x_hat_BD).var(dim=0).sum() / y_BD.var(dim=0).sum()
+        error, variation = (y_BD - out.x_hat_BD).pow(2).sum(), (y_BD - y_BD.mean(0)).pow(2).sum()  # as in `EvalResult`
         values = {
             "loss": out.loss,
             "l0": out.l0,
-            "frac_variance_explained": 1 - unexplained,
+            "frac_variance_explained": 1 - error / torch.where(variation > 0, variation, torch.nan),
             "nz_frac": out.fired_F.float().mean(),
             **out.terms,
             **self.logged_tensors(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -129,11 +130,24 @@ def test_metrics_are_those_of_the_last_update(architecture: str) -> None:
     assert metrics["loss"] == pytest.approx(before.loss.item(), rel=1e-5)
     assert metrics["l0"] == pytest.approx(before.l0.item())
     assert metrics["nz_frac"] == pytest.approx(before.fired_F.float().mean().item())
-    expected = 1 - ((x - before.x_hat_BD).var(0).sum() / x.var(0).sum()).item()
+    expected = 1 - ((x - before.x_hat_BD).pow(2).sum() / (x - x.mean(0)).pow(2).sum()).item()
     assert metrics["frac_variance_explained"] == pytest.approx(expected, abs=1e-5)
     for name, term in before.terms.items():
         assert metrics[name] == pytest.approx(term.item(), rel=1e-4), name
     assert all(isinstance(value, float) for value in metrics.values())
+
+
+def test_the_variance_explained_counts_a_constant_error_and_is_nan_where_nothing_varies() -> None:
+    """As in an evaluation: a reconstruction that is off by the same vector everywhere is not perfect."""
+    trainer = train(make("standard"), batches(1))
+    x = batches(2)[1]
+    for y, x_hat, expected in (
+        (x, x + 1, 1 - x.numel() / (x - x.mean(0)).pow(2).sum().item()),
+        (x[:1], x[:1], math.nan),
+    ):
+        assert trainer.last is not None
+        trainer.last = trainer.last._replace(x_hat_BD=x_hat)
+        assert trainer.metrics(y)["frac_variance_explained"] == pytest.approx(expected, abs=1e-5, nan_ok=True)
 
 
 @every

@@ -27,7 +27,6 @@ from trainer_formulas import formula, what_the_equations_need
 
 from dictionary_learning.kernels import ENVIRONMENT
 from dictionary_learning.trainers import JumpReluTrainer, SAETrainer
-from dictionary_learning.trainers.dead_latents import AuxK
 from dictionary_learning.trainers.jumprelu import JumpReLUFunction
 from dictionary_learning.trainers.sparse_switch import Densities
 from dictionary_learning.trainers.trainer import LossLog
@@ -109,20 +108,21 @@ def test_the_penalty_of_a_standard_sae_warms_up_from_nothing() -> None:
         assert_loss_and_gradients_follow(trainer, batch(1), step, weight=weight)
 
 
-@pytest.mark.parametrize("by", ["_by_columns", "_by_entries"])
+@pytest.mark.parametrize("on_cuda", [False, True])
 @pytest.mark.parametrize("way", ["sae", "skip"])
 @pytest.mark.parametrize("number_dead", [1, 3, 4, 15, F])
 @pytest.mark.parametrize("architecture", BY_K)
 def test_auxk_is_the_residual_explained_by_dead_latents(
-    architecture: str, number_dead: int, way: str, by: str, monkeypatch: pytest.MonkeyPatch
+    architecture: str, number_dead: int, way: str, on_cuda: bool
 ) -> None:
-    monkeypatch.setattr(AuxK, "_by_columns", getattr(AuxK, by))
     for seed in range(2):
         trainer = perturbed(make(architecture, auxk_alpha=0.7, **TRANSCODERS[way]), seed)
         assert auxk_of(trainer).size == trainer.ae.output_dim // 2
         dead = torch.zeros(F, dtype=torch.bool)
         dead[torch.randperm(F, generator=torch.Generator().manual_seed(seed))[:number_dead]] = True
         declare_dead(trainer, dead)
+        if on_cuda:  # where there is room for some more
+            auxk_of(trainer).room = number_dead + 5
         x = batch(seed)
         y = None if way == "sae" else targets([x])[0]
         assert_loss_and_gradients_follow(trainer, x, 0, y, dead=dead)
@@ -248,8 +248,8 @@ def test_a_step_with_a_fixed_number_of_entries_is_the_same(architecture: str, ro
     trainer = perturbed(make(architecture), 3)
     x, switch = batch(3), switch_of(trainer)
     found = []
-    for on_cpu in (True, False):
-        switch.on_cpu, switch.sparse, switch.densities = on_cpu, True, Densities(2.0, room / 2)
+    for may_wait in (True, False):
+        switch.may_wait, switch.sparse, switch.densities = may_wait, True, Densities(2.0, room / 2)
         trainer.ae.zero_grad()
         out = trainer.compute_loss(x, x, 25)
         out.loss.backward()

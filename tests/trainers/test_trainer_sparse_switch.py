@@ -125,7 +125,7 @@ def test_with_more_entries_than_room_sparse_steps_end_with_a_warning(architectur
     """As on CUDA, where a step provides for a fixed number of entries."""
     trainer = make(architecture)
     switch = switch_of(trainer)
-    switch.on_cpu, switch.sparse, switch.densities = False, True, DENSITIES["cuda"]
+    switch.may_wait, switch.sparse, switch.densities = False, True, DENSITIES["cuda"]
     with pytest.warns(UserWarning, match="Before step 16 more latents fired than a sparse step had room for"):
         train(trainer, batches(17))
     assert not switch.sparse
@@ -135,7 +135,7 @@ def test_with_more_entries_than_room_sparse_steps_end_with_a_warning(architectur
 def test_with_room_enough_nothing_is_said() -> None:
     trainer = make("standard")
     switch = switch_of(trainer)
-    switch.on_cpu, switch.sparse, switch.densities = False, True, type(switch.densities)(2.0, 1.5 / CAPACITY)
+    switch.may_wait, switch.sparse, switch.densities = False, True, type(switch.densities)(2.0, 1.5 / CAPACITY)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(trainer, batches(40))
