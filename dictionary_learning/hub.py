@@ -28,6 +28,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from dictionary_learning.command_line import parse
 from dictionary_learning.config import RunConfig, config_from_dict
 from dictionary_learning.errors import UserError, exit_code
 from dictionary_learning.hub_client import check_push, hub_endpoint, open_repository, reach_hub, said_plainly
@@ -272,7 +273,7 @@ class PushArgs:
 
 def push_main(argv: Sequence[str] | None = None) -> int:
     """The command: 0; 2 for what the user can mend (one sentence); 130 after Ctrl-C."""
-    args = tyro.cli(PushArgs, args=argv, prog="sae-factory push", use_underscores=True)
+    args = parse(PushArgs, argv, "sae-factory push")
     return exit_code(
         lambda: _say(push_run(args.run, args.repo, private=args.private, only=args.only)),
         "Interrupted: the repository is as it was. The same command finishes the push.",

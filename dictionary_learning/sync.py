@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import tyro
 
 from dictionary_learning import storage
+from dictionary_learning.command_line import parse
 from dictionary_learning.errors import UserError, exit_code
 from dictionary_learning.weights_and_biases import METRICS, WandbRuns, read_marker, read_rows, said, wandb_module
 
@@ -97,7 +98,7 @@ def _names(folder: Path) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0; 2 for what the user can mend (one sentence); 130 after Ctrl-C."""
-    args = tyro.cli(SyncArgs, args=argv, prog="sae-factory sync", use_underscores=True)
+    args = parse(SyncArgs, argv, "sae-factory sync")
 
     def command() -> None:  # what sync_run gives is a count, not an exit code
         sync_run(args.run, args.wandb_project, args.wandb_entity, args.group)

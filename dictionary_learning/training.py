@@ -153,7 +153,7 @@ def _build_trainer(
         facts = {"lm_name": lm.name, "layer": layer}
     else:
         facts = {"lm_name": None, "layer": None}
-    takes = inspect.signature(cls).parameters
+    takes = cls.argument_names() if issubclass(cls, SAETrainer) else inspect.signature(cls).parameters
     known = {name: value for name, value in facts.items() if name in takes} | dict(filled)
     if transcoder and "activation_dim" in arguments:
         known["output_dim"] = arguments["activation_dim"]

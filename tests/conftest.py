@@ -7,7 +7,14 @@ import os
 # Before anything imports the libraries that read these: a test that reaches for the network must fail, not wait.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
 os.environ.update(TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline")
+os.environ.update(NO_PROXY="127.0.0.1,localhost", no_proxy="127.0.0.1,localhost")  # servers of tests are here
+# oneDNN keeps a program for each shape that it has met, and tests have many shapes.
+os.environ.update(ONEDNN_PRIMITIVE_CACHE_CAPACITY="64")
 
+import contextlib
+import ctypes
+import gc
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +23,22 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a shell starts in the background
 settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("deterministic")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what imports made is no longer searched for cycles: searching the rest is quick, and so more frequent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory_given_back() -> Iterator[None]:
+    """nnsight's traces are cycles that hold on to activations, and malloc keeps what is freed: gigabytes in all."""
+    yield
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @pytest.fixture(autouse=True)

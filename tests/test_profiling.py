@@ -61,6 +61,6 @@ def test_a_span_is_charged_for_what_no_span_inside_it_did() -> None:
         time.sleep(0.03)
         wall = time.perf_counter() - began
     ms = {row["span"]: row["ms_a_step"] for row in own_times(recorded, wall, 1)}
-    assert ms["inner"] == pytest.approx(50, abs=15)
-    assert ms["outer"] == pytest.approx(20, abs=15)
-    assert ms["other"] == pytest.approx(30, abs=15)
+    # On a busy machine a sleep is longer than asked for, never shorter; what is counted twice makes the sum too long.
+    assert ms["inner"] > 49 and ms["outer"] > 19 and ms["other"] > 29
+    assert sum(ms.values()) == pytest.approx(1e3 * wall)

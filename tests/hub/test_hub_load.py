@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -250,11 +249,17 @@ def test_a_config_of_another_shape_is_refused(run: Path) -> None:
         load_dictionary(run / "trainer_0")
 
 
-def test_no_network_is_said_within_ten_seconds(tmp_path: Path) -> None:
-    """A whole process with the client's own waits: huggingface_hub by itself tries for more than 20 s."""
+def test_no_network_is_said_at_once(tmp_path: Path) -> None:
+    """A whole process with the client's own waits, which are added up: huggingface_hub by itself tries for 20 s."""
     environment = fresh_process("http://127.0.0.1:9", tmp_path / "home")
-    script = "from dictionary_learning import load_dictionary; load_dictionary('hf://user/first')"
-    began = time.monotonic()
+    script = """
+import atexit, time
+waits = []
+time.sleep = waits.append
+atexit.register(lambda: print(sum(waits)))
+from dictionary_learning import load_dictionary
+load_dictionary("hf://user/first")
+"""
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert time.monotonic() - began < 10
+    assert float(done.stdout) < 5
     assert "UserError: Could not load hf://user/first: no connection to http://127.0.0.1:9" in done.stderr

@@ -180,7 +180,7 @@ def test_killed_in_the_middle_the_same_command_finishes(hub: HubServer, run: Pat
     environment = fresh_process(hub.url, tmp_path / "home")
     hub.slow[place] = 60.0
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while not any(place in request for request in hub.requests):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
@@ -267,7 +267,7 @@ def test_no_network_is_said_soon(run: Path, tmp_path: Path, kind: str) -> None:
         began = time.monotonic()
         command = [sys.executable, "-m", "dictionary_learning", "push", str(run), REPO]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert time.monotonic() - began < 30  # ten on an idle machine; here other tests run beside it
+        assert time.monotonic() - began < 100  # ten on an idle machine; the client by itself waits for ever
     assert done.returncode == 2 and "Traceback" not in done.stderr
     (sentence,) = done.stderr.strip().splitlines()
     expected = {"refused": "ConnectError", "silent": "Timeout", "offline": "HF_HUB_OFFLINE forbids the network"}[kind]
@@ -300,22 +300,14 @@ def test_a_run_that_changes_under_the_push_does_not_reach_the_head_half(hub: Hub
     repo = hub.repos[f"models/{REPO}"]
     other = shutil.copytree(run, run.parent / "other")
     (other / "metrics.jsonl").write_text("{}\n")
-    hub.slow["/preupload/"] = 0.5
-
-    import threading
 
     def somebody() -> None:
-        while not any("/preupload/" in request for request in hub.requests[seen:]):
-            time.sleep(0.01)
         repo.files["theirs.txt"] = b"theirs"
         repo.commit("theirs")
 
-    seen = len(hub.requests)
-    meanwhile = threading.Thread(target=somebody)
-    meanwhile.start()
+    hub.meanwhile["/preupload/"] = somebody
     with pytest.raises(UserError, match="changed by someone else meanwhile"):
         push_run(other, REPO)
-    meanwhile.join()
-    hub.slow.clear()
+    assert not hub.meanwhile
     push_run(other, REPO)
     assert repo.files.pop("theirs.txt") == b"theirs" and whole(repo.files)
