@@ -26,14 +26,19 @@ def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted
     try:
         return command() or 0
     except UserError as error:
-        print(f"Error: {_plain(str(error))}", file=sys.stderr)
+        print_error(error)
         return USER_ERROR_EXIT
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return INTERRUPTED_EXIT
 
 
-def _plain(sentence: str) -> str:
+def print_error(error: object) -> None:
+    """Its sentence to stderr, as `plain` as a terminal needs it."""
+    print(f"Error: {plain(str(error))}", file=sys.stderr)
+
+
+def plain(sentence: str) -> str:
     """A sentence that may quote a file: cut, with nothing in it that moves a terminal's cursor or sets its colours."""
     cut = sentence if len(sentence) <= LONGEST else f"{sentence[:LONGEST]}..."
     return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in cut)

@@ -23,7 +23,7 @@ from dictionary_learning.activations.shards import COMPLETE, FORMAT, MANIFEST, V
 from dictionary_learning.command_line import parse
 from dictionary_learning.corpus import Text, TextStream
 from dictionary_learning.demo_args import load_demo_config, names_sentence_encoder
-from dictionary_learning.errors import UserError, did_you_mean, exit_code
+from dictionary_learning.errors import UserError, did_you_mean, exit_code, print_error
 
 if TYPE_CHECKING:
     from dictionary_learning.activations.language_model import LanguageModelActivations, TracedLM
@@ -387,7 +387,7 @@ def run_command(args: HarvestArgs) -> int:
         try:
             print("Pushed to " + push_harvest(args.out, manifest, args.push_to, private=args.private))
         except UserError as error:
-            print(f"Error: {error}", file=sys.stderr)
+            print_error(error)
             return PUSH_FAILED_EXIT
     if args.num_tokens is not None and args.num_samples is None and manifest["rows"] < args.num_tokens:
         print(f"The corpus ended after {manifest['rows']:,} of {args.num_tokens:,} activations.", file=sys.stderr)

@@ -20,7 +20,6 @@ import json
 import os
 import re
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ import tyro
 
 from dictionary_learning.command_line import parse
 from dictionary_learning.config import RunConfig, config_from_dict
-from dictionary_learning.errors import UserError, exit_code
+from dictionary_learning.errors import UserError, exit_code, print_error
 from dictionary_learning.hub_client import check_push, hub_endpoint, open_repository, reach_hub, said_plainly
 from dictionary_learning.hub_load import MANIFEST, MANIFEST_VERSION
 from dictionary_learning.model_card import IMAGE, CardFacts, front_image, is_hub_name, last_part, model_card, one_line
@@ -143,7 +142,7 @@ def push_finished_run(run_dir: Path, repo_id: str, private: bool) -> bool:
     try:
         pushed = push_run(run_dir, repo_id, private=private)
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print_error(error)
         print(f"The results are whole in {run_dir}. Push them later with:\n  {push_command(run_dir, repo_id, private)}")
         return False
     _say(pushed)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dictionary_learning.config import RunConfig
-from dictionary_learning.errors import UserError
+from dictionary_learning.errors import UserError, plain
 
 log = logging.getLogger("dictionary_learning")
 
@@ -50,10 +50,11 @@ def report_run(config: RunConfig, save_dir: Path, lm: Any, device: str) -> None:
         print(f"Stopped in the analysis; the run is complete. Its report can be made with: {again(save_dir)}")
         return
     except UserError as error:
-        log.warning("The run was not analysed: %s", error)
+        log.warning("The run was not analysed: %s", plain(str(error)))
     except Exception as error:  # a report must not make a finished run a failed one
-        log.warning("The run was not analysed (%s: %s); again with: %s", type(error).__name__, error, again(save_dir))
+        why = plain(f"{type(error).__name__}: {error}")
+        log.warning("The run was not analysed (%s); again with: %s", why, again(save_dir))
     try:
         print(f"The report: {write_report(save_dir)}")
     except Exception as error:
-        log.warning("The report was not written (%s); again with: sae-factory report %s", error, folder)
+        log.warning("The report was not written (%s); again with: sae-factory report %s", plain(str(error)), folder)

@@ -343,10 +343,9 @@ class TrainingRun:
             self.save_dictionary(index)
 
     def _save_before_failing(self) -> None:
-        if self.save_dir is not None and self.step > 0:
-            with contextlib.suppress(Exception):  # what failed first is what is told
-                if self.save_state() is not None:
-                    self.tracker.message(f"The state of step {self.step:,} is saved; a resume goes on from there.")
+        with contextlib.suppress(Exception):  # what failed first is what is told
+            if self.save_dir is not None and self.step > 0 and self.save_state() is not None:
+                self.tracker.message(f"The state of step {self.step:,} is saved; a resume goes on from there.")
 
     def _tell_of_states(self) -> None:
         failed = None if self.states is None else self.states.failed
@@ -373,27 +372,29 @@ class TrainingRun:
         """Go on from a state; what differs from the run that saved it, where `override` allows that.
 
         Raises:
-            UserError: another number of dictionaries; other settings of one (without `override`), each named; a state
-                that does not fit.
+            UserError: other dictionaries; other settings of one (without `override`), each named; what does not fit.
         """
-        if len(state["trainers"]) != len(self.trainers):
-            raise UserError(f"The saved run has {len(state['trainers'])} dictionaries, this one {len(self.trainers)}.")
-        if state["step"] > self.steps:
-            raise UserError(f"The saved run has done {state['step']:,} steps: it can't end at step {self.steps:,}.")
-        settings = zip(self.names, state.get("settings", self._began_with), self._began_with, strict=True)
-        found = [d for name, old, new in settings for d in resume.trainer_differences(old, new, name)]
-        changed = resume.refuse("The saved run", found, override)
         try:
-            for trainer, saved in zip(self.trainers, state["trainers"], strict=True):
-                trainer.load_state_dict(saved)
-            self.inputs.load_state_dict(state["inputs"])
-            called.load_states(self.callbacks, state.get("callbacks", []))
+            changed = self._load(state, override)
         except UserError:
             raise
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             why = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"The saved state does not fit this run ({why}): resume with the same settings.") from error
-        self.step, self.tokens = state["step"], state["tokens"]
         if self.states is not None and not changed:
             self.states.saved_step = self.step
+        return changed
+
+    def _load(self, state: Mapping[str, Any], override: bool) -> list[str]:
+        if (count := len(state["trainers"])) != len(self.trainers):
+            raise UserError(f"The saved run has {count} dictionaries, this one {len(self.trainers)}.")
+        if state["step"] > self.steps:
+            raise UserError(f"The saved run has done {state['step']:,} steps: it can't end at step {self.steps:,}.")
+        settings = zip(state.get("settings", self._began_with), self._began_with, self.names, strict=True)
+        changed = resume.refuse("The saved run", [d for s in settings for d in resume.trainer_differences(*s)], override)
+        for trainer, saved in zip(self.trainers, state["trainers"], strict=True):
+            trainer.load_state_dict(saved)
+        self.inputs.load_state_dict(state["inputs"])
+        called.load_states(self.callbacks, state.get("callbacks", []))
+        self.step, self.tokens = state["step"], state["tokens"]
         return changed

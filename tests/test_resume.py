@@ -67,6 +67,16 @@ def test_a_state_that_cannot_fit_is_one_sentence_also_when_all_is_allowed(tmp_pa
         trainSAE(stream(), [config()], 6, save_dir=tmp_path, resume=True)
 
 
+@pytest.mark.parametrize(
+    "hostile",
+    [[], None, {"step": 1}, {"trainers": 5, "step": 1}, {"trainers": [[]], "step": "1"}, {"trainers": [7], "step": 1}],
+)
+def test_a_state_that_says_anything_at_all_is_one_sentence(hostile: Any) -> None:
+    run = TrainingRun(stream(), [trainer()], STEPS)
+    with pytest.raises(UserError, match="The saved state does not fit this run"):
+        run.load_state_dict(hostile)
+
+
 SMALL = ["--num_tokens", "5120", "--batch_size", "256", "--widths", "32", "--buffer_contexts", "64", "--ctx_len", "32"]
 SMALL += ["--eval_tokens", "300", "--layers", "1", "--architectures", "gated", "--device", "cpu", "--no-report"]
 

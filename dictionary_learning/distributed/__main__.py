@@ -14,7 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from dictionary_learning.errors import USER_ERROR_EXIT
+from dictionary_learning.errors import USER_ERROR_EXIT, print_error
 
 STOP_S = 600  # for a state to be written; torchrun's own half minute is too short for a large one
 COMMAND = "train"  # others would do the same on every rank
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.prog = "python -m dictionary_learning.distributed"
     args = parser.parse_args(argv)
     if args.training_script != COMMAND:
-        print(f"Error: several ranks are for '{COMMAND}', not for '{args.training_script}'.", file=sys.stderr)
+        print_error(f"several ranks are for '{COMMAND}', not for '{args.training_script}'.")
         return USER_ERROR_EXIT
     args.module, args.training_script_args = True, [args.training_script, *args.training_script_args]
     args.training_script = "dictionary_learning"
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SignalException as error:
         return 128 + error.sigval
     except ValueError as error:
-        print(f"Error: torchrun refuses these options: {str(error).rstrip('.')}.", file=sys.stderr)
+        print_error(f"torchrun refuses these options: {str(error).rstrip('.')}.")
         return USER_ERROR_EXIT
     return 0
 
