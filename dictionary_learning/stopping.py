@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}  # 128 + the signal's number, as shells count
+BROKEN_PIPE_EXIT = 141  # likewise of SIGPIPE, which Python turns into an error
 
 
 class StopRequest:
@@ -143,8 +144,14 @@ def in_a_hurry() -> bool:
 
 
 def end_process(command: Callable[[], int]) -> NoReturn:
-    """Run a command, and end the process with its exit code; where a signal ended it, without waiting for anything."""
-    code = command()
+    """Run a command, and end the process with its exit code; where a signal ended it, without waiting for anything.
+    Where nobody reads its output any more (`... --help | head`) it ends as other programs do, without a traceback."""
+    try:
+        code = command()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush fails again
+        sys.exit(BROKEN_PIPE_EXIT)
     if code not in EXIT_CODES.values():
         sys.exit(code)
     for stream in (sys.stdout, sys.stderr):

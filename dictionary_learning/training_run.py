@@ -375,15 +375,12 @@ class TrainingRun:
             UserError: other dictionaries; other settings of one (without `override`), each named; what does not fit.
         """
         try:
-            changed = self._load(state, override)
+            return self._load(state, override)
         except UserError:
             raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             why = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"The saved state does not fit this run ({why}): resume with the same settings.") from error
-        if self.states is not None and not changed:
-            self.states.saved_step = self.step
-        return changed
 
     def _load(self, state: Mapping[str, Any], override: bool) -> list[str]:
         if (count := len(state["trainers"])) != len(self.trainers):
@@ -391,10 +388,13 @@ class TrainingRun:
         if state["step"] > self.steps:
             raise UserError(f"The saved run has done {state['step']:,} steps: it can't end at step {self.steps:,}.")
         settings = zip(state.get("settings", self._began_with), self._began_with, self.names, strict=True)
-        changed = resume.refuse("The saved run", [d for s in settings for d in resume.trainer_differences(*s)], override)
+        differences = [d for each in settings for d in resume.trainer_differences(*each)]
+        changed = resume.refuse("The saved run", differences, override)
         for trainer, saved in zip(self.trainers, state["trainers"], strict=True):
             trainer.load_state_dict(saved)
         self.inputs.load_state_dict(state["inputs"])
         called.load_states(self.callbacks, state.get("callbacks", []))
         self.step, self.tokens = state["step"], state["tokens"]
+        if self.states is not None and not changed:
+            self.states.saved_step = self.step
         return changed

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -68,3 +71,12 @@ def test_a_wrong_argument_exits_with_2(given: list[str], capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as left:
         parse(Args, ["runs/a", *given] if given else [])
     assert left.value.code == 2 and capsys.readouterr().err
+
+
+def test_output_that_nobody_reads_is_no_traceback() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "dictionary_learning", "--help"]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")

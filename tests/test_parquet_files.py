@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import gc
 import os
+import random
 import subprocess
 import sys
 import time
@@ -48,6 +49,15 @@ def test_values_are_what_json_has(tmp_path: Path) -> None:
     }
     (read,) = parquet_rows(written(tmp_path / "x.parquet", pa.Table.from_pylist([row])))
     assert read == row | {"bytes": "caf\ufffd", "day": "2001-02-03"}
+
+
+def test_long_texts_are_not_refused_for_being_read_together(tmp_path: Path) -> None:
+    """Some books, of which each is there several times: they pack well."""
+    chooser = random.Random(0)
+    words = ["".join(chooser.choices("abcdefghij", k=5)) for _ in range(5000)]
+    books = [" ".join(chooser.choices(words, k=170_000)) + "\u0142" for _ in range(8)] * 8
+    file = written(tmp_path / "x.parquet", {"text": books}, compression="zstd")
+    assert [row["text"] for row in parquet_rows(file)] == books
 
 
 def repeated(rows: int) -> pa.ListArray:
@@ -169,6 +179,15 @@ def test_columns_come_out_exactly(tmp_path: Path) -> None:
     file = written(tmp_path / "x.parquet", TABLE, compression="zstd")
     table = parquet_columns(file, TYPES, pa.float64())
     assert table.to_pydict() == {name: pa.array(column).to_pylist() for name, column in TABLE.items()}
+
+
+def test_a_wide_table_of_latents_that_are_alike_is_not_refused(tmp_path: Path) -> None:
+    """As that of many latents that are dead: columns of numbers cost no object a value."""
+    rows = 100_000
+    alike: dict[str, Any] = {"s": ["dead"] * rows, "l": pa.array([[]] * rows, pa.list_(pa.float64()))}
+    columns = {"n": pa.array(range(rows), pa.int32()), **alike, **{f"rate:{n}": [0.0] * rows for n in range(20)}}
+    table = parquet_columns(written(tmp_path / "x.parquet", columns, compression="zstd"), TYPES, pa.float64())
+    assert table.num_rows == rows
 
 
 @pytest.mark.parametrize(
