@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from dictionary_learning.errors import UserError
+from dictionary_learning.stopping import uninterrupted
 
 if TYPE_CHECKING:
     from dictionary_learning.training import TrainingRun
@@ -40,7 +41,9 @@ def reports(callbacks: Sequence[Callback], run: TrainingRun, step: int) -> dict[
     merged: dict[str, dict[str, float]] = {}
     for callback in callbacks:
         if getattr(callback, "reports", False):
-            for name, values in (callback(run, step) or {}).items():
+            with uninterrupted():
+                metrics = callback(run, step) or {}
+            for name, values in metrics.items():
                 merged.setdefault(name, {}).update(values)
     return merged
 
@@ -49,7 +52,8 @@ def call_others(callbacks: Sequence[Callback], run: TrainingRun, step: int) -> N
     """Call those that don't report."""
     for callback in callbacks:
         if not getattr(callback, "reports", False):
-            callback(run, step)
+            with uninterrupted():
+                callback(run, step)
 
 
 def best_of(callbacks: Sequence[Callback], index: int) -> Best | None:

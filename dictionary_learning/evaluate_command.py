@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +105,7 @@ def run_command(args: EvaluateArgs) -> int:
     split = args.split or ("heldout" if own else "all")
     config = replace(subjects.config, corpus=args.corpus or subjects.config.corpus, eval_tokens=tokens)
     lm = load_reader(subjects, device)
-    results = _measure(replace(subjects, config=config), lm, split)
+    results = _measure(replace(subjects, config=config), lm, split, _commits(subjects))
     rows = []
     for subject, result in zip(subjects.dictionaries, results, strict=True):
         facts = subject.facts
@@ -139,11 +139,19 @@ def _is_own(corpus: str | None, subjects: Subjects) -> bool:
         return True
     if subjects.run is None:
         return False
-    return open_corpus(corpus).fingerprint == storage.read_json(subjects.run / "run.json").get("corpus_fingerprint")
+    recorded = storage.read_json(subjects.run / "run.json").get("corpus_fingerprint")
+    return open_corpus(corpus, commits=_commits(subjects)).fingerprint == recorded
 
 
-def _measure(subjects: Subjects, lm: Any, split: str) -> list[EvalResult]:
-    """The metrics of each dictionary, as a training run measures them at its end."""
+def _commits(subjects: Subjects) -> Mapping[str, str] | None:
+    """At which commits the run read its corpus on the Hub: so does its evaluation."""
+    from dictionary_learning.record import commits_of
+
+    return None if subjects.run is None else commits_of(subjects.run, subjects.config).corpus
+
+
+def _measure(subjects: Subjects, lm: Any, split: str, commits: Mapping[str, str] | None) -> list[EvalResult]:
+    """The metrics of each dictionary, as a training run measures them at its end, on text of the Hub at `commits`."""
     from tqdm import tqdm
 
     from dictionary_learning import sentence_run
@@ -152,9 +160,8 @@ def _measure(subjects: Subjects, lm: Any, split: str) -> list[EvalResult]:
     from dictionary_learning.packing import ContextPacker
 
     config = subjects.config
-    texts = TextStream(
-        open_corpus(config.corpus), split=split, heldout_fraction=config.heldout_fraction, seed=config.seed
-    )
+    corpus = open_corpus(config.corpus, commits=commits)
+    texts = TextStream(corpus, split=split, heldout_fraction=config.heldout_fraction, seed=config.seed)
     with tqdm(total=config.eval_tokens, desc="evaluating", unit="row", unit_scale=True, disable=None) as bar:
 
         def progress(rows: int) -> None:

@@ -18,14 +18,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from dictionary_learning.untrusted import allowance, bounded_lines
+from dictionary_learning.untrusted import MOST_LINE, allowance, bounded_lines
 
 if TYPE_CHECKING:
     import pyarrow
 
 BATCH = 64  # rows decoded together: each may be long
+ROW = 16 * MOST_LINE  # bytes that the longest row takes, of 4 a character: as text, escaped, as a line, and encoded
 MOST_ROWS = 100  # of a table in a byte: those of real ones differ
-OBJECT = 64  # bytes of a short string or a number as Python's object, and of its place in a list
+OBJECT, NUMBER = 64, 40  # bytes of a short string or a list, and of a number, as an object with its place in a list
 SECONDS, SECONDS_PER_MB = 20, 10  # of processor time: decoding takes 0.05 s a MB
 
 
@@ -60,10 +61,14 @@ def parquet_columns(file: Path, types: Mapping[str, pyarrow.DataType], others: p
     for name, column in zip(table.column_names, table.columns, strict=True):
         if column.type != types.get(name, others):
             raise ValueError(f"its column {name} is of type {column.type}, not {types.get(name, others)}")
+        if pyarrow.types.is_primitive(column.type):
+            room -= column.nbytes  # numbers stay an array
+            continue
         items = column
         while pyarrow.types.is_list(items.type):
+            room -= OBJECT * len(items)
             items = pyarrow.chunked_array([chunk.flatten() for chunk in items.chunks], items.type.value_type)
-        room -= OBJECT * len(items)
+        room -= (NUMBER if pyarrow.types.is_primitive(items.type) else OBJECT) * len(items)
     if room < 0:
         raise ValueError("it has more values than a file of its size may")
     return table
@@ -122,7 +127,7 @@ def main(file: str, what: str, memory: str, seconds: str, most_rows: str, *colum
     """Write a file's rows to stdout as JSON lines, or all of it ("table") as an Arrow stream; to stderr why not."""
     import pyarrow.parquet
 
-    _limit(int(memory), int(seconds))
+    _limit(int(memory) + (ROW if what == "rows" else 0), int(seconds))
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             claims = [table.metadata.row_group(group) for group in range(table.num_row_groups)]

@@ -9,6 +9,7 @@ a thread in a read (`in_a_hurry`), and a process that is one command ends withou
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -73,12 +74,12 @@ def stop_requests(end_waits: bool = False) -> Iterator[StopRequest]:
             raise StoppedWaiting
 
     _now.in_a_hurry = False
-    _now.request = request if end_waits else None
+    outer, _now.request = _now.request, request if end_waits else None
     try:
         with _handled({signal.SIGINT: handle, signal.SIGTERM: handle}):
             yield request
     finally:
-        _now.request = None
+        _now.request = outer
 
 
 @contextlib.contextmanager
@@ -98,6 +99,20 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         _now.waiting = False
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Around what reads data for itself and takes no StoppedWaiting, such as a callback that evaluates: its waits are
+    not ended by a first request."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    request, _now.request = _now.request, None
+    try:
+        yield
+    finally:
+        _now.request = request
 
 
 def waited_for(items: Iterable[T]) -> Iterator[T]:
@@ -157,4 +172,7 @@ def end_process(command: Callable[[], int]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+    if not in_a_hurry():  # semaphores, of which tqdm's bars have one, would be told of as leaked behind the end
+        with contextlib.suppress(Exception):
+            getattr(multiprocessing.util, "_run_finalizers", int)(0)
     os._exit(code)

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -26,6 +27,8 @@ from torch import Tensor
 from dictionary_learning.errors import UserError
 from dictionary_learning.stopping import StoppedWaiting, interruptible
 from dictionary_learning.untrusted import checked, shown
+
+log = logging.getLogger("dictionary_learning")
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: the disk, or the quota
 STATES_KEPT = 2
@@ -293,9 +296,10 @@ def _said_of(folder: Path) -> Iterator[None]:
         raise UserError(f"save_dir '{folder}' can't be written ({why}): give another folder.") from error
 
 
-def patiently(write: Callable[[], None], lost: Callable[[], bool], say: Callable[[str], None]) -> None:
-    """Write the results of a run. Where the disk refuses them and they would be `lost` it is told, and tried again for
-    half an hour, in which somebody may make room; a stop request gives up.
+def patiently(write: Callable[[], None], lost: Callable[[], bool]) -> None:
+    """Write the results of a run. Where the disk refuses them and they would be `lost` a warning is logged (also where
+    a run shows no progress), and it is tried again for half an hour, in which somebody may make room; a stop request
+    gives up.
 
     Raises:
         UserError: the last refusal, see `disk_faults_said`.
@@ -308,9 +312,10 @@ def patiently(write: Callable[[], None], lost: Callable[[], bool], say: Callable
                 raise
             if tries_left == DISK_TRIES - 1:
                 why = getattr(error.__cause__, "strerror", None) or error
-                say(
-                    f"Warning: the disk takes neither the state nor the dictionaries ({why}): make room for them. "
-                    f"It is tried every {DISK_WAIT:g} s for {DISK_TRIES * DISK_WAIT / 60:.0f} minutes; Ctrl-C gives up."
+                log.warning(
+                    "The disk takes neither the state nor the dictionaries (%s): make room for them. It is tried "
+                    "every %g s for %.0f minutes; Ctrl-C gives up.",
+                    *(why, DISK_WAIT, DISK_TRIES * DISK_WAIT / 60),
                 )
             try:
                 with interruptible():

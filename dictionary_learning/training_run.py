@@ -333,7 +333,7 @@ class TrainingRun:
     def _put_down(self) -> None:
         if self.save_dir is not None and self.states is not None:
             states, alone = self.states, self.ranks.world == 1
-            storage.patiently(self._save_all, lambda: alone and states.saved_step != self.step, self.tracker.message)
+            storage.patiently(self._save_all, lambda: alone and states.saved_step != self.step)
 
     def _save_all(self) -> None:
         """The state first: whatever happens to the dictionaries' files, it brings them back."""

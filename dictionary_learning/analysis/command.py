@@ -114,7 +114,8 @@ def run_command(args: AnalyzeArgs) -> int:
         print(f"Stopped by {stop.reason} after {stop.seen}; the state is saved. Go on with:")
         print(f"  {record.resume_command().removesuffix(' --resume')}")
         return EXIT_CODES[stop.reason]
-    if not args.dry_run or (folder.path / INFO).is_file() and folder.info["status"] == COMPLETE:
+    there = not args.overwrite and (folder.path / INFO).is_file() and folder.info["status"] == COMPLETE
+    if there or not args.dry_run:
         print_analysis(folder)
     return 0
 

@@ -15,7 +15,7 @@ import dataclasses
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,8 @@ def analyze(
     begun = _begun(folder)
     if not corpus and not subjects.config.corpus:
         raise UserError("A dictionary outside of a run has no corpus of its own: add --corpus.")
-    corpora = open_corpora(corpus or [subjects.config.corpus], against)
+    pinned = _commits(subjects, None if overwrite else begun)
+    corpora = open_corpora(corpus or [subjects.config.corpus], against, pinned)
     lm = load_reader(subjects, torch_device, lm)
     header = _header(subjects, lm, corpora, len(against), measures)
     if begun is not None and begun["status"] != COMPLETE and not storage.saved_states(folder.path / STATE):
@@ -236,6 +237,16 @@ def _begun(folder: AnalysisFolder) -> dict[str, Any] | None:
     return None
 
 
+def _commits(subjects: Subjects, begun: dict[str, Any] | None) -> Callable[[str], Mapping[str, str] | None]:
+    """At which commits a corpus on the Hub is read: those that an analysis began with, or that its run was given."""
+    if begun is not None:
+        known = begun.get("commits")
+        at = {path: sha for path, sha in (known if isinstance(known, dict) else {}).items() if isinstance(sha, str)}
+        return lambda spec: at
+    own = None if subjects.run is None else record.commits_of(subjects.run, subjects.config).corpus
+    return lambda spec: own if spec == subjects.config.corpus else None
+
+
 def _newest_state(states: Path) -> Any:
     """Raises UserError where none is whole."""
     try:
@@ -265,6 +276,7 @@ def _header(
     config = subjects.config
     model = storage.finite(lm.config)
     names = [entry.name for entry in corpora]
+    commits = {path: sha for entry in corpora for path, sha in entry.corpus.commits.items()}
     return {
         "status": RUNNING,
         "settings": {
@@ -284,6 +296,7 @@ def _header(
         },
         "model": {**model, "name": "embedded" if config.model_name == "embedded" else model["name"]},
         "corpora": {},
+        **({"commits": commits} if commits else {}),
         "rows": 0,
         "documents": 0,
         "unit": unit_of(config),

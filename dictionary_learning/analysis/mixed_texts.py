@@ -7,7 +7,7 @@ for, every corpus gives about the same number of them, until it is used up.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dictionary_learning.corpus import Corpus, Text, TextStream, open_corpus
@@ -30,10 +30,14 @@ class NamedCorpus(NamedTuple):
         return self.label or self.corpus.name
 
 
-def open_corpora(corpora: Sequence[str], against: Sequence[str] = ()) -> list[NamedCorpus]:
+def open_corpora(
+    corpora: Sequence[str],
+    against: Sequence[str] = (),
+    commits: Callable[[str], Mapping[str, str] | None] = lambda spec: None,
+) -> list[NamedCorpus]:
     """The corpora of a command line, each as `open_corpus` takes it, or as NAME=the same.
 
-    Texts of those in `against` go by one name for each.
+    Texts of those in `against` go by one name for each; `commits` says of each where on the Hub it is read.
 
     Raises:
         UserError: see `open_corpus`; two of one name.
@@ -42,7 +46,8 @@ def open_corpora(corpora: Sequence[str], against: Sequence[str] = ()) -> list[Na
     for index, spec in enumerate([*corpora, *against]):
         name, equals, rest = spec.partition("=")
         named = bool(equals and name.strip()) and not set("/\\:") & set(name)
-        corpus = open_corpus(rest if named else spec)
+        place = rest if named else spec
+        corpus = open_corpus(place, commits=commits(place))
         given = name.strip() if named else None
         opened.append(NamedCorpus(corpus, given or (corpus.name if index >= len(corpora) else None)))
     names = [entry.name for entry in opened]

@@ -78,6 +78,8 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
     capsys.readouterr()
     assert main([str(original), *SMALL, *options, "--dry_run"]) == 0  # there is nothing left to do
     assert "The plan" not in (out := capsys.readouterr().out) and "Latents on 1,200 tokens" in out
+    assert main([str(original), *SMALL, *options, "--dry_run", "--overwrite"]) == 0
+    assert "The plan" in (out := capsys.readouterr().out) and "Latents on" not in out  # those that it would replace
 
 
 def test_the_plan_holds_what_the_files_take_and_memory_is_checked(

@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from analysis_cases import SMALL, make_run
 
 from data_prep import sources
 from dictionary_learning import hub_corpus, record
+from dictionary_learning.analysis.job import analyze
+from dictionary_learning.analysis.one_pass import Measures
 from dictionary_learning.corpus import open_corpus
+from dictionary_learning.evaluate_command import main as evaluate
 
 OLD, NEW = "0" * 40, "f" * 40
 
@@ -89,3 +93,30 @@ def test_commits_are_those_of_the_same_model_and_corpus(tmp_path: Path) -> None:
 def test_a_changed_tokenizer_is_another_run(tokenizer: Any, tokenizer_bos_eos_pad: Any) -> None:
     assert record.tokenizer_digest(tokenizer) == record.tokenizer_digest(tokenizer)
     assert record.tokenizer_digest(tokenizer) != record.tokenizer_digest(tokenizer_bos_eos_pad)
+
+
+def test_evaluation_and_analysis_read_what_their_run_read(
+    hub: list[tuple[str, str | None]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run")
+    facts = json.loads((run / "run.json").read_text())
+    facts["config"]["corpus"], facts["corpus_commits"] = "user/texts", {"user/texts": OLD}
+    facts["corpus_fingerprint"] = f"hub:user/texts:train:{OLD}"
+    (run / "run.json").write_text(json.dumps(facts))
+    texts = [{"text": text.text} for text in open_corpus("embedded").read(0)]
+
+    def rows(path: str, split: str, first_row: int, place: Any = None, revision: str | None = None) -> Iterator[Any]:
+        hub.append((path, revision))
+        yield from texts[first_row:]
+
+    monkeypatch.setattr(sources, "open_hub_split", rows)
+    assert evaluate([str(run), "--device", "cpu", "--tokens", "300"]) == 0
+    assert evaluate([str(run), "--device", "cpu", "--tokens", "300", "--corpus", "hf://user/texts"]) == 0
+    assert analyze(run, measures=Measures(**SMALL), device="cpu").info["commits"] == {"user/texts": OLD}
+    assert set(hub) == {("user/texts", OLD)}
+    settings: dict[str, Any] = {"measures": Measures(**SMALL), "device": "cpu", "out": tmp_path / "more"}
+    begun = analyze(run, corpus=["user/more"], against=["user/texts"], **settings).info
+    assert begun["commits"] == {"user/more": NEW, "user/texts": OLD}
+    for newest in ({}, {"user/more": OLD}):  # without a network, and behind a push
+        monkeypatch.setattr(hub_corpus, "dataset_commits", lambda paths, newest=newest: newest)
+        assert analyze(run, corpus=["user/more"], against=["user/texts"], **settings).info == begun

@@ -154,6 +154,38 @@ def test_a_run_that_waits_for_its_data_is_put_down_with_its_state(
     assert same_bits(dict(done.state_dict()), dict(trainSAE(stream(), [config()], STEPS)[0].state_dict()))
 
 
+@pytest.mark.parametrize("reports", [False, True])
+def test_a_callback_that_reads_data_is_let_to_its_end(reports: bool, tmp_path: Path) -> None:
+    read = []
+
+    def evaluate(run: Any, step: int) -> None:
+        if step == 3:
+            interrupt()
+            read.append(next(ReadAhead(stream())))
+
+    evaluate.reports = reports  # type: ignore[attr-defined]
+    with pytest.warns(UserWarning, match=f"Training stopped after 3 of {STEPS} steps: SIGINT"):
+        trainSAE(stream(), [config()], STEPS, save_dir=tmp_path, callbacks=[evaluate])
+    assert states(tmp_path) == [3] and len(read) == 1
+
+
+def test_a_run_inside_of_another_gives_its_request_back() -> None:
+    with stop_requests(end_waits=True):
+        with stop_requests():
+            pass
+        interrupt()
+        with pytest.raises(StoppedWaiting), interruptible():
+            pytest.fail("it began to wait though it was asked to end")
+
+
+def test_a_command_that_a_signal_ended_leaves_without_a_warning() -> None:
+    program = "import multiprocessing, tqdm\nmultiprocessing.set_start_method('spawn')\n"
+    program += "from dictionary_learning.stopping import end_process\n"
+    program += "def command():\n    tqdm.tqdm(total=1).close()\n    print('said')\n    return 130\nend_process(command)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (130, "said\n") and "leaked" not in done.stderr
+
+
 def test_a_request_ends_only_the_waits_of_a_run_that_takes_it() -> None:
     with stop_requests() as request:
         with interruptible():

@@ -113,10 +113,11 @@ class Forked:
     memory and time are looked at when it ends. In place of `parquet_files._started`, whose answer it resembles."""
 
     def __init__(self, arguments: list[str]) -> None:
-        from dictionary_learning.parquet_files import main
+        from dictionary_learning.parquet_files import ROW, main
 
         (out, to_out), (err, to_err) = os.pipe(), os.pipe()
         self.bytes, self.began = os.path.getsize(arguments[0]), _peak()
+        self.room = ROOM + TIMES * self.bytes + (ROW if arguments[1] == "rows" else 0)
         self.returncode: int | None = None
         self.pid = os.fork()
         if not self.pid:
@@ -142,7 +143,7 @@ class Forked:
             self.returncode = os.waitstatus_to_exitcode(status)
             if used.ru_utime > SECONDS:
                 raise Finding(f"hang: {used.ru_utime:.1f} s in the decoder, for {self.bytes:,} bytes")
-            if (memory := used.ru_maxrss * 1024 - self.began) > ROOM + TIMES * self.bytes:
+            if (memory := used.ru_maxrss * 1024 - self.began) > self.room:
                 raise Finding(f"memory: {memory >> 20} MB in the decoder, for {self.bytes:,} bytes")
         return self.returncode
 
