@@ -56,6 +56,16 @@ def test_cuda_trains_as_the_cpu_does(architecture: str) -> None:
     assert torch.isclose(ours, theirs, rtol=1e-3, atol=1e-4).float().mean() > 0.999
 
 
+def update_without_a_wait(trained: Any, data: list[torch.Tensor]) -> None:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3, 36):
+            trained.update(step, data[step])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("architecture", sorted(TRAINERS))
 def test_steps_wait_for_the_device_nowhere(architecture: str, sparse: bool) -> None:
@@ -69,13 +79,7 @@ def test_steps_wait_for_the_device_nowhere(architecture: str, sparse: bool) -> N
         trained.auxk.some_dead, trained.auxk.dead_after_tokens, trained.auxk.room = True, 1, F
     for step in (1, 2):  # compiles
         trained.update(step, data[step])
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for step in range(3, 36):
-            trained.update(step, data[step])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    update_without_a_wait(trained, data)
     assert all(value.isfinite().all() for value in trained.ae.state_dict().values())
 
 
@@ -85,13 +89,7 @@ def test_steps_of_the_configurable_autoencoder_wait_nowhere_either(sparsity: dic
     data = [x.cuda() for x in batches(36)]
     for step in range(3):
         trained.update(step, data[step])
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for step in range(3, 36):
-            trained.update(step, data[step])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    update_without_a_wait(trained, data)
     assert torch.cat([value.flatten() for value in trained.ae.state_dict().values()]).isfinite().all()
 
 
