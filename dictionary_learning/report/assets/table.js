@@ -142,7 +142,6 @@ async function showTable() {
   refresh();
   if (state.feature === null) chooseFirst();
   else reveal(state.feature);
-  if (!performance.getEntriesByName('first-table').length) performance.mark('first-table');
 }
 
 function startTable() {
