@@ -310,15 +310,15 @@ def patiently(write: Callable[[], None], lost: Callable[[], bool]) -> None:
         except UserError as error:
             if not tries_left or not lost():
                 raise
-            if tries_left == DISK_TRIES - 1:
-                why = getattr(error.__cause__, "strerror", None) or error
-                log.warning(
-                    "The disk takes neither the state nor the dictionaries (%s): make room for them. It is tried "
-                    "every %g s for %.0f minutes; Ctrl-C gives up.",
-                    *(why, DISK_WAIT, DISK_TRIES * DISK_WAIT / 60),
-                )
             try:
-                with interruptible():
+                with interruptible():  # which a run that was asked to stop before does not enter
+                    if tries_left == DISK_TRIES - 1:
+                        why = getattr(error.__cause__, "strerror", None) or error
+                        log.warning(
+                            "The disk takes neither the state nor the dictionaries (%s): make room for them. It is "
+                            "tried every %g s for %.0f minutes; Ctrl-C gives up.",
+                            *(why, DISK_WAIT, DISK_TRIES * DISK_WAIT / 60),
+                        )
                     time.sleep(DISK_WAIT)
             except StoppedWaiting:
                 raise error from None

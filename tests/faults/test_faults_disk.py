@@ -170,6 +170,16 @@ def test_a_signal_gives_up_waiting_for_room(disk: FailingDisk, tmp_path: Path, m
         run.run()
 
 
+def test_a_run_that_was_stopped_does_not_say_that_it_waits(
+    disk: FailingDisk, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop = at_step(3, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    run = TrainingRun(stream(), [trainer()], STEPS, save_dir=tmp_path, final_state=True, callbacks=[stop])
+    with disk.refusing(".step_", "ae.safetensors"), pytest.raises(UserError, match="free some space"):
+        run.run()
+    assert not [text for text in caplog.messages if "takes neither" in text]
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
 def test_a_folder_that_no_longer_lets_write_ends_in_a_sentence(
     number: int, disk: FailingDisk, job: Any, capsys: pytest.CaptureFixture[str]
