@@ -196,6 +196,23 @@ def test_a_wide_table_of_latents_that_are_alike_is_not_refused(tmp_path: Path) -
     assert table.num_rows == rows
 
 
+@pytest.mark.parametrize("stack", ["8192", "1000000", "unlimited"])
+def test_threads_of_the_decoder_take_nothing_of_what_a_file_may(stack: str, tmp_path: Path) -> None:
+    """Their stacks are as large as the shell says, and the first memory that each asks for brings 64 MB of addresses:
+    about half of the time, so it is asked some times."""
+    if subprocess.run(["sh", "-c", f"ulimit -s {stack}"], capture_output=True).returncode:
+        pytest.skip("this machine allows no such stack")
+    file = written(tmp_path / "x.parquet", {"n": pa.array(range(200_000), pa.int32())}, compression="zstd")
+    program = (
+        "import sys; from pathlib import Path; import pyarrow; from dictionary_learning.parquet_files import *;"
+        "types = {'n': pyarrow.int32()};"
+        "print({parquet_columns(Path(sys.argv[1]), types, pyarrow.int32()).num_rows for _ in range(5)})"
+    )
+    shell = f'ulimit -s {stack}; exec "$0" "$@"'
+    ran = subprocess.run(["sh", "-c", shell, sys.executable, "-c", program, file], capture_output=True, text=True)
+    assert (ran.stdout, ran.stderr) == ("{200000}\n", "")
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [

@@ -107,6 +107,20 @@ def test_tooltips_of_charts_tell_the_place_of_the_pointer(opened: Open, small: P
     until(page, "document.getElementById('tip').textContent === 'log10 −0.50 to −0.25: 1 latent'")
 
 
+def test_a_tooltip_that_scrolling_hid_is_back_when_the_pointer_moves_on(opened: Open, small: Path) -> None:
+    page = opened(small, "#trainer_0/0")
+    settled(page)
+    picture = page.locator("#histograms .density svg").first
+    picture.scroll_into_view_if_needed()
+    box = picture.bounding_box()
+    page.mouse.move(box["x"] + 5, box["y"] + 60)
+    until(page, "!document.getElementById('tip').hidden")
+    page.evaluate("scrollBy(0, -1)")
+    until(page, "document.getElementById('tip').hidden")
+    page.mouse.move(box["x"] + 6, box["y"] + 60)  # over the same part of the picture
+    until(page, "!document.getElementById('tip').hidden")
+
+
 def test_a_dictionary_that_was_not_analysed_says_so_in_little_room(opened: Open, small: Path) -> None:
     page = opened(small, "#trainer_2")
     until(page, "document.getElementById('count').textContent.startsWith('This dictionary was not analysed.')")

@@ -50,8 +50,10 @@ function startTooltips() {
     if (node && node !== tipOf) showTip(node, event);
     else if (!node) hideTip();
   });
+  // Not only while it is shown: scrolling hides it, and the pointer enters nothing when it moves on over the same picture.
   document.addEventListener('pointermove', (event) => {
-    if (tipOf && told.get(tipOf).follow) showTip(tipOf, event);
+    const node = teller(event.target);
+    if (node && told.get(node).follow) showTip(node, event);
   });
   document.addEventListener('focusin', (event) => (told.has(event.target) ? showTip(event.target) : hideTip()));
   document.addEventListener('focusout', hideTip);
