@@ -34,6 +34,7 @@ from dictionary_learning.activations.types import ActivationBatch, ActivationSou
 from dictionary_learning.errors import UserError
 from dictionary_learning.read_ahead import ReadAhead
 from dictionary_learning.slots import Slots, check_capacity
+from dictionary_learning.stopping import StoppedWaiting
 from dictionary_learning.streams import side_stream, to_device
 
 IO: dict[str, tuple[Literal["in", "out"], ...]] = {"in": ("in",), "out": ("out",), "in_and_out": ("in", "out")}
@@ -194,6 +195,8 @@ class ActivationBuffer:
         if self._side.overlaps:
             try:
                 self._launch()
+            except StoppedWaiting:
+                pass  # of the run that waits now: a draw of this run or of a later one waits anew
             except Exception as error:  # noqa: BLE001 - this batch was drawn and is handed out first
                 self._error = error
         return ActivationBatch(acts, provenance)

@@ -199,9 +199,10 @@ def _limit(memory: int, seconds: int) -> None:
         import resource
 
         pages = int(Path("/proc/self/statm").read_text().split()[0])
+        used = resource.getrusage(resource.RUSAGE_SELF)  # on a slow machine imports alone take their time
         for limit, most in (
             (resource.RLIMIT_AS, pages * resource.getpagesize() + memory),
-            (resource.RLIMIT_CPU, int(resource.getrusage(resource.RUSAGE_SELF).ru_utime) + seconds),
+            (resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + seconds),
             (resource.RLIMIT_CORE, 0),
         ):
             allowed = [most, *(given for given in resource.getrlimit(limit) if given != resource.RLIM_INFINITY)]

@@ -78,7 +78,8 @@ class ReadAhead(Generic[Item]):
             self._start()
         with queue.changed:
             with interruptible():
-                queue.changed.wait_for(lambda: queue.made or queue.ended)
+                while not queue.changed.wait_for(lambda: queue.made or queue.ended, timeout=1):
+                    pass  # of a process that was stopped and goes on, a signal may wake another thread
             if queue.made:
                 item, self._state = queue.made.popleft()
                 queue.changed.notify_all()

@@ -107,9 +107,9 @@ class StateWriter:
 
     def finish(self) -> None:
         """Wait for the state in flight. Raises what broke the thread, but for errors of the disk (see `failed`)."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None  # not before: a wait that a Ctrl-C ended leaves the thread at work on the copy
         if self._broken is not None:
             broken, self._broken = self._broken, None
             raise broken

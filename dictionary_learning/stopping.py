@@ -92,10 +92,10 @@ def interruptible() -> Iterator[None]:
     if _now.request is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    if _now.request.reason:
-        raise StoppedWaiting
-    _now.waiting = True
     try:
+        _now.waiting = True  # before the look: a signal between the two would end neither
+        if _now.request.reason:
+            raise StoppedWaiting
         yield
     finally:
         _now.waiting = False

@@ -139,7 +139,7 @@ class TrainingRun:
         self._told |= set(self.stopped_dictionaries)
         first, failed, at_once = self.step, True, False
         try:
-            with stop_requests(end_waits=self.ranks.world == 1) as self._request:
+            with stop_requests(end_waits=self.ranks.first) as self._request:
                 while self.step < self.steps and not self.stopped:
                     self._training = True
                     self._one_step()

@@ -15,16 +15,18 @@ import contextlib
 import ctypes
 import gc
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a shell starts in the background
-settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=25)
+untimed: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("deterministic", derandomize=True, max_examples=25, **untimed)
 settings.load_profile("deterministic")
 
 
@@ -39,6 +41,14 @@ def _memory_given_back() -> Iterator[None]:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another libc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_hurry_left() -> Iterator[None]:
+    """A second Ctrl-C holds for the rest of its process, in which other tests follow here."""
+    yield
+    if (stopping := sys.modules.get("dictionary_learning.stopping")) is not None:
+        stopping._now.in_a_hurry = False
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from dictionary_learning.distributed.ranks import OfAllRanks, Ranks
 from dictionary_learning.errors import UserError
+from dictionary_learning.stopping import StoppedWaiting
 
 
 class ReadByFirst:
@@ -31,32 +32,36 @@ class ReadByFirst:
         Raises:
             StopIteration: `source` is at its end.
             UserError: the first rank can't read it.
+            StoppedWaiting: the first rank was asked to end while it waited for it: on all ranks, at the same place.
         """
         items, states, problem = self._read(count) if self.ranks.first else ([], [], None)
         items, problem = self.ranks.of_first((items, problem))
+        if not items and isinstance(problem, StoppedWaiting):
+            raise problem
         if not items and problem is not None:
             raise OfAllRanks(str(problem))
         if not items:
             raise StopIteration
         return list(zip(items, states or [None] * len(items), strict=True))
 
-    def _read(self, count: int) -> tuple[list[Any], list[Any], UserError | None]:
+    def _read(self, count: int) -> tuple[list[Any], list[Any], Exception | None]:
         items: list[Any] = []
         states: list[Any] = []
-        problem, self._problem = self._problem, None
+        problem: Exception | None = self._problem
+        self._problem = None
         while problem is None and len(items) < count:
             try:
                 item = next(self.source)
             except StopIteration:
                 break
-            except UserError as error:
+            except (UserError, StoppedWaiting) as error:
                 problem = error
                 break
             if self._worth(item):
                 items.append(item)
                 states.append(self.source.state_dict())
-        if items:  # whoever gets to it hears of it
-            self._problem, problem = problem, None
+        if items:  # whoever gets to it hears of it; a wait that was ended is begun anew
+            self._problem, problem = problem if isinstance(problem, UserError) else None, None
         return items, states, problem
 
     def state_dict(self) -> Any:

@@ -44,13 +44,13 @@ folder = Path(os.environ.get("DIES_IN", "nowhere"))
 died = folder.with_suffix(".died")
 one_step = TrainingRun._one_step
 
-def deadly(run):  # as soon as there is a state; where none is written yet, steps take longer
+def deadly(run):  # as soon as there is a state, which the other rank began to write behind step 10
     one_step(run)
-    for _ in range(300 if run.step > 10 else 1):
-        if list((folder / "state").glob("step_*")):
-            died.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+    while not (states := list((folder / "state").glob("step_*"))) and run.step > 10:
         time.sleep(0.01)
+    if states:
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 if os.environ.get("RANK") == "1" and "DIES_IN" in os.environ and not died.exists():
     TrainingRun._one_step = deadly

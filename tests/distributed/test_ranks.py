@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rank_launching import free_port
 
 from dictionary_learning import record
 from dictionary_learning.config import DictionarySpec, RunConfig
@@ -112,9 +113,7 @@ def test_an_address_in_use_is_named(environment: pytest.MonkeyPatch) -> None:
 
 
 def test_ranks_that_do_not_come_are_waited_for_no_longer_than_asked(environment: pytest.MonkeyPatch) -> None:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     environment.setenv("MASTER_PORT", str(port))
     with pytest.raises(UserError, match=f"Not all 2 ranks met at localhost:{port} within 2 s"):
         join("cpu")

@@ -103,6 +103,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="hub-") as work, HubServer() as hub:
         os.chdir(work)
         os.environ.update(HF_ENDPOINT=hub.url, HF_TOKEN=hub.token, HF_HOME=f"{work}/hub", HF_HUB_DISABLE_XET="1")
+        os.environ.update(HF_HUB_ETAG_TIMEOUT="500", HF_HUB_DOWNLOAD_TIMEOUT="500")  # it always answers, if late
+        from dictionary_learning import hub_client
+
+        hub_client.REACH_SECONDS = hub_client.LOOK_SECONDS = 500.0
         check(hub)
     print("The resumed run read what it began with.")
     return 0

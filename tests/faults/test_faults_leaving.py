@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fault_cases import STEPS, B, at_step, config, same_bits, settled, states, stream
 from kill_harness import CONFIG
 
-from dictionary_learning import read_ahead, stopping, trainSAE
+from dictionary_learning import read_ahead, stopping, storage, trainSAE
 from dictionary_learning.read_ahead import ReadAhead
+from dictionary_learning.states import StateWriter
 from dictionary_learning.stopping import StoppedWaiting, interruptible, stop_requests
 from dictionary_learning.training_run import TrainingRun
 
@@ -70,6 +72,29 @@ def test_a_second_interrupt_says_how_to_go_on(
     assert job("run", "--resume") == 0 and "Resuming at step 5 of 20" in capsys.readouterr().out
 
 
+def test_a_state_whose_end_was_not_waited_for_is_not_copied_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_save, goes_on, x = storage.save_state, threading.Event(), torch.zeros(1 << 16)
+
+    def save_state(*given: Any) -> Path:
+        goes_on.wait()
+        return true_save(*given)
+
+    monkeypatch.setattr(storage, "save_state", save_state)
+    writer = StateWriter(tmp_path)
+    writer.save(1, lambda: {"x": x})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Thread, "join", lambda thread: signal.raise_signal(signal.SIGINT))
+        writer.finish()
+    assert writer.busy, "it was forgotten"
+    goes_on.set()
+    x += 1
+    writer.save(2, lambda: {"x": x}, wait=True)
+    storage.shutil.rmtree(storage.state_folder(tmp_path, 2))
+    assert storage.load_newest_state(tmp_path)[1]["x"].sum() == 0
+
+
 CHILD = """
 import sys
 sys.path.insert(0, {root!r})
@@ -86,6 +111,7 @@ def test_a_second_interrupt_ends_the_process_though_wandb_never_answers(tmp_path
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "num_tokens": 10**9}))
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path), "WANDB_API_KEY": "planted-" + "k" * 40, "OMP_NUM_THREADS": "1"}
+    environment["WANDB__SERVICE_WAIT"] = "1000"  # seconds that its own process may take to start, half a minute else
     arguments = ["--save_dir", "run", "--config", "config.json", "--device", "cpu", "--use_wandb", "--no-report"]
     with socket.create_server(("127.0.0.1", 0)) as mute:  # it accepts, and says nothing
         environment["WANDB_BASE_URL"] = f"http://127.0.0.1:{mute.getsockname()[1]}"
@@ -99,7 +125,7 @@ def test_a_second_interrupt_ends_the_process_though_wandb_never_answers(tmp_path
             mute.accept()  # wandb has begun to wait for its answer
             child.send_signal(signal.SIGINT)
             assert any("its state is saved. Go on with:" in line for line in lines)
-            assert next(lines).rstrip().endswith("--resume")
+            assert any(line.rstrip().endswith("--resume") for line in lines)
             child.send_signal(signal.SIGINT)
             assert child.wait() == 130
         finally:
@@ -108,6 +134,33 @@ def test_a_second_interrupt_ends_the_process_though_wandb_never_answers(tmp_path
 
 
 # ---------------------------------------------------------------------------------------------- waits for data
+
+
+def test_a_request_between_the_last_look_and_the_wait_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AskedWhenLookedAt:
+        """Not asked to stop, and asked right behind the look that finds so."""
+
+        def __init__(self) -> None:
+            self.found, self.looked_at = "", False
+
+        @property
+        def reason(self) -> str:
+            found = self.found
+            if self.looked_at:
+                self.looked_at = False
+                interrupt()
+            return found
+
+        @reason.setter
+        def reason(self, found: str) -> None:
+            self.found = found
+
+    monkeypatch.setattr(stopping, "StopRequest", AskedWhenLookedAt)
+    with stop_requests(end_waits=True) as request:
+        request.looked_at = True  # type: ignore[attr-defined]
+        with pytest.raises(StoppedWaiting), interruptible():
+            pytest.fail("it would wait for ever")
+        assert request.reason == "SIGINT"
 
 
 def soon(*_: Any) -> None:
