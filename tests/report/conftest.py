@@ -1,9 +1,14 @@
-"""A browser, and reports to open in it: of a small made-up run, and of a real embedded one."""
+"""A browser, and reports to open in it: of a small made-up run, and of a real embedded one.
+
+The machine may be busy, and a page does much of its work later than the call that caused it (frames, scroll events,
+unpacking): tests wait for what they expect with `until`, and never read it only once.
+"""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +22,62 @@ from tests.report.report_cases import HOSTILE, make_analysis, make_run, vocabula
 
 ARGUMENTS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
+    "--disable-component-update --disable-sync --disable-dev-shm-usage"
 ).split()
+WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+PATIENCE = 240.0  # seconds: an end to waiting for what never happens, and no measure of anything
 HOSTILE_LABEL = f"{HOSTILE[0]} {HOSTILE[2]} label"
+
+# Counts the parts that are unpacked, and holds them back until `gate` is kept, as a slow machine would.
+GATED = """{
+  const Stream = window.DecompressionStream;
+  Object.assign(window, {unpacked: 0, gate: Promise.resolve()});
+  window.shut = () => { window.gate = new Promise((open) => { window.release = open; }); };
+  window.DecompressionStream = class {
+    constructor(kind) {
+      const inner = new Stream(kind);
+      window.unpacked += 1;
+      this.writable = inner.writable;
+      this.readable = inner.readable.pipeThrough(new TransformStream({flush: () => window.gate}));
+    }
+  };
+}"""
+
+
+def until(page: Any, condition: str | Callable[[], Any], arg: Any = None) -> None:
+    """Wait for a condition: a function, or JavaScript (which Playwright's own way evaluates in the page, whose policy
+    forbids that). What it raises means not yet: the page may be about to show what it looks for."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        failed: Exception | None = None
+        try:
+            if condition() if callable(condition) else page.evaluate(condition, arg):
+                return
+        except Exception as error:
+            failed = error
+        if time.monotonic() > deadline:
+            raise AssertionError(f"still not: {condition}") from failed
+        page.wait_for_timeout(20)
+
+
+def settled(page: Any) -> None:
+    """Wait until the table and the chosen latent are shown."""
+    until(page, "Boolean(document.querySelector('.body .row') && document.querySelector('#feature .stats'))")
+
+
+def point(page: Any, place: str, condition: str) -> None:
+    """Put the pointer at a place (JavaScript: [x, y]) and wait; it is moved again only where the place has moved."""
+    at = None
+
+    def met() -> bool:
+        nonlocal at
+        now = page.evaluate(place)
+        if now != at:
+            at = now
+            page.mouse.move(*now)
+        return bool(page.evaluate(condition))
+
+    until(page, met)
 
 
 def works(command: str) -> bool:
@@ -42,21 +100,23 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(chromium: Any) -> Iterator[Callable[..., Any]]:
-    """opened(path, hash, **options of the context): a page that is ready, with `errors` and `requests` it made."""
+    """opened(path, hash, ready, script, **options of the context): a page that is ready, with `errors` and `requests`;
+    the script runs before the page's own."""
     contexts = []
 
-    def open_page(path: Path, hash: str = "", **options: Any) -> Any:
-        context = chromium.new_context(viewport={"width": 1280, "height": 900}, **options)
+    def open_page(path: Path, hash: str = "", ready: str = "body[data-ready]", script: str = "", **options: Any) -> Any:
+        context = chromium.new_context(**({"viewport": WIDE} | options))
         contexts.append(context)
+        context.set_default_timeout(1000 * PATIENCE)
+        if script:
+            context.add_init_script(script)
         page = context.new_page()
         log = SimpleNamespace(errors=[], requests=[])
-        page.on(
-            "console", lambda message: log.errors.append(message.text) if message.type in ("error", "warning") else 0
-        )
+        page.on("console", lambda message: log.errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: log.errors.append(str(error)))
         page.on("request", lambda request: log.requests.append(request.url))
         page.goto(path.as_uri() + hash)
-        page.wait_for_selector("body[data-ready]", state="attached", timeout=60_000)
+        page.wait_for_selector(ready, state="attached")
         page.log = log
         return page
 

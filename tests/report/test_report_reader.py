@@ -12,11 +12,19 @@ import pytest
 from dictionary_learning.report import write_report
 from dictionary_learning.report.data import read_run
 from dictionary_learning.report.figures import curves_figure, front_figure
+from tests.report.conftest import PHONE, point, settled, until
 from tests.report.report_cases import make_run, make_whole_texts
-from tests.report.test_report_page import settled, until
 
 Open = Callable[..., Any]
 NUMBER = "document.querySelector('#feature .path b').textContent"
+TIP = "document.querySelector('#tip:not([hidden])')"
+DENSITY = "#histograms .density svg"
+
+
+def place(selector: str, right: str, down: str) -> str:
+    """JavaScript: a place in a picture, scrolled to the middle of the window; `box` is the picture's."""
+    into = f"const node = document.querySelector('{selector}'); node.scrollIntoView({{block: 'center'}});"
+    return f"(() => {{ {into} const box = node.getBoundingClientRect(); return [box.x + {right}, box.y + {down}]; }})()"
 
 
 def evaluated(run: Path, name: str, **values: float) -> None:
@@ -33,8 +41,8 @@ def test_columns_are_sorted_from_the_keyboard_and_keep_the_focus(opened: Open, s
         page.keyboard.press("Tab")
     for way in ("descending", "ascending"):
         page.keyboard.press("Enter")
-        told = page.evaluate("[document.activeElement.textContent, document.activeElement.parentNode.ariaSort]")
-        assert told == ["Density", way]
+        head = "document.activeElement.parentNode"
+        until(page, f"{head}.textContent === 'Density' && {head}.getAttribute('aria-sort') === '{way}'")
 
 
 def test_back_returns_to_the_latent_that_a_link_was_followed_from(opened: Open, small: Path) -> None:
@@ -46,10 +54,10 @@ def test_back_returns_to_the_latent_that_a_link_was_followed_from(opened: Open, 
     target = link.locator("b").inner_text()
     link.click()
     until(page, f"{NUMBER} === '{target}'")
-    assert page.evaluate("location.hash").endswith(f"/{target}")
+    until(page, f"location.hash.endsWith('/{target}')")
     page.go_back()
     until(page, f"{NUMBER} === '{start}'")
-    assert page.locator(".body .row.on").get_attribute("data-feature") == start
+    until(page, f"document.querySelector('.body .row.on').dataset.feature === '{start}'")
     page.go_forward()
     until(page, f"{NUMBER} === '{target}'")
 
@@ -59,6 +67,7 @@ def test_link_to_a_latent_shows_it_without_scrolling(opened: Open, small: Path) 
     settled(page)
     until(page, "document.getElementById('features').getBoundingClientRect().top < 100")
     page.evaluate("scrollTo(0, 0)")
+    until(page, "scrollY === 0")
     page.reload()
     settled(page)
     assert page.evaluate("scrollY") == 0  # who loads it again stays where they were
@@ -67,65 +76,71 @@ def test_link_to_a_latent_shows_it_without_scrolling(opened: Open, small: Path) 
 def test_name_of_a_latent_can_be_copied(opened: Open, small: Path) -> None:
     page = opened(small, "#trainer_1/42", permissions=["clipboard-read"])
     settled(page)
+    page.bring_to_front()  # only what has the focus may use the clipboard
     page.keyboard.press("c")
-    assert page.evaluate("navigator.clipboard.readText()") == "trainer_1/42"
-    assert page.locator("#said").inner_text() == "copied trainer_1/42"
+    until(page, "document.getElementById('said').textContent === 'copied trainer_1/42'")
+    until(page, "async () => (await navigator.clipboard.readText()) === 'trainer_1/42'")
     assert page.log.errors == []
 
 
-def test_links_lead_to_latents_in_the_frame_of_a_notebook(chromium: Any, tmp_path: Path, small: Path) -> None:
+def test_links_lead_to_latents_in_the_frame_of_a_notebook(opened: Open, tmp_path: Path, small: Path) -> None:
     from dictionary_learning.report.notebook import show_run
 
     host = tmp_path / "notebook.html"
     host.write_text(f"<!doctype html><meta charset=utf-8>{show_run(small.parent)._repr_html_()}", encoding="utf-8")
-    page = chromium.new_page()
-    page.goto(host.as_uri())
-    frame = page.frames[1]
+    page = opened(host, ready="iframe")
+    frame = page.frame_locator("iframe")
     link = frame.locator("#feature .links a:not([href$='/0'])").first
     target = link.locator("b").inner_text()
     link.click()
-    until(frame, f"{NUMBER} === '{target}'")
-    page.close()
+    until(page, lambda: frame.locator("#feature .path b").inner_text() == target)
 
 
 def test_tooltips_of_charts_tell_the_place_of_the_pointer(opened: Open, small: Path) -> None:
     page = opened(small, "#trainer_0/0")
     settled(page)
     page.locator("#metric [data-metric=l0]").click()  # 8 all the time, of trainer_0
-    page.locator("#curves").scroll_into_view_if_needed()
-    line = page.locator("#curves .curve.on path:not(.reach):not(.end)").bounding_box()
     for share, tokens in ((0.005, "1,250"), (0.995, "50,000")):
-        page.mouse.move(line["x"] + share * line["width"], line["y"] + 1)
-        until(page, f"document.getElementById('tip').textContent.endsWith('8 at {tokens} activations')")
-    picture = page.locator("#histograms .density svg").first
-    picture.scroll_into_view_if_needed()
-    box = picture.bounding_box()
-    page.mouse.move(box["x"] + 5, box["y"] + 60)
-    until(page, "document.getElementById('tip').textContent === 'never fired: 1 latent'")
-    bar = picture.locator(".bar").last.bounding_box()  # the dense one
-    page.mouse.move(bar["x"] + bar["width"] / 2, box["y"] + 60)
-    until(page, "document.getElementById('tip').textContent === 'log10 −0.50 to −0.25: 1 latent'")
+        at = place("#curves .curve.on path:not(.reach):not(.end)", f"{share} * box.width", "0")
+        point(page, at, f"{TIP}?.textContent.endsWith('8 at {tokens} activations')")
+    point(page, place(DENSITY, "5", "60"), f"{TIP}?.textContent === 'never fired: 1 latent'")
+    bars = f"[...document.querySelectorAll('{DENSITY} .bar')]"
+    bar = f"({bars}.at(-1).getBoundingClientRect().left - box.left + 2)"  # the dense one
+    point(page, place(DENSITY, bar, "60"), f"{TIP}?.textContent === 'log10 −0.50 to −0.25: 1 latent'")
 
 
-def test_a_tooltip_that_scrolling_hid_is_back_when_the_pointer_moves_on(opened: Open, small: Path) -> None:
+def test_a_tooltip_stays_with_a_resting_pointer_and_goes_with_what_it_tells_of(opened: Open, small: Path) -> None:
     page = opened(small, "#trainer_0/0")
     settled(page)
-    picture = page.locator("#histograms .density svg").first
-    picture.scroll_into_view_if_needed()
-    box = picture.bounding_box()
-    page.mouse.move(box["x"] + 5, box["y"] + 60)
-    until(page, "!document.getElementById('tip').hidden")
-    page.evaluate("scrollBy(0, -1)")
-    until(page, "document.getElementById('tip').hidden")
-    page.mouse.move(box["x"] + 6, box["y"] + 60)  # over the same part of the picture
-    until(page, "!document.getElementById('tip').hidden")
+    point(page, place(DENSITY, "5", "60"), f"Boolean({TIP})")
+    scrolled = "new Promise((done) => { addEventListener('scroll', done, {once: true}); scrollBy(0, %s); })"
+    page.evaluate(scrolled % "-1")  # as a late event does that the pointer overtook
+    page.evaluate("new Promise((done) => setTimeout(done))")
+    assert page.evaluate(f"{TIP}?.textContent") == "never fired: 1 latent"
+    page.evaluate(scrolled % "-200")
+    until(page, f"!{TIP}")
+    point(page, place(DENSITY, "6", "60"), f"Boolean({TIP})")
+
+
+def test_a_tooltip_of_the_keyboard_outlives_a_page_that_moves_below_the_pointer(opened: Open, small: Path) -> None:
+    page = opened(small, "#trainer_0/0")
+    settled(page)
+    page.evaluate("scrollTo(0, 1e6)")
+    page.mouse.move(600, 450)
+    page.locator("#front-recovered .mark").first.focus()  # scrolls to it, so that another thing is below the pointer
+    until(page, f"Boolean({TIP}?.textContent.includes('loss recovered'))")
+    rest = "new PointerEvent('pointerover', {bubbles: true, clientX: 600, clientY: 450})"
+    page.evaluate(f"document.getElementById('run-name').dispatchEvent({rest})")  # what a browser tells then, or later
+    assert page.evaluate(f"{TIP}?.textContent.includes('loss recovered')")
+    page.mouse.move(5, 5)
+    until(page, f"!{TIP}")
 
 
 def test_a_dictionary_that_was_not_analysed_says_so_in_little_room(opened: Open, small: Path) -> None:
     page = opened(small, "#trainer_2")
     until(page, "document.getElementById('count').textContent.startsWith('This dictionary was not analysed.')")
-    assert "(not analysed)" in page.locator("#dictionary option:checked").inner_text()
-    assert page.locator("#explorer").bounding_box()["height"] < 100
+    until(page, lambda: "(not analysed)" in page.locator("#dictionary option:checked").inner_text())
+    until(page, "document.getElementById('explorer').getBoundingClientRect().height < 100")
 
 
 def test_what_was_not_evaluated_is_on_no_front_of_what_was(tmp_path: Path, opened: Open) -> None:
@@ -150,9 +165,9 @@ def test_a_very_bad_dictionary_does_not_flatten_the_front(tmp_path: Path, opened
     run = make_run(tmp_path / "run")
     evaluated(run, "trainer_1", frac_recovered=-30.0)
     page = opened(write_report(run))
-    chart = page.locator("#front-recovered svg").bounding_box()
-    at = [page.locator(f"#front-recovered [data-dictionary='{i}'] path").bounding_box()["y"] for i in range(3)]
-    assert at[1] > at[0] > at[2] + 0.5 * chart["height"]
+    marks = "[0, 1, 2].map((i) => document.querySelector(`#front-recovered [data-dictionary='${i}'] path`))"
+    boxes = f"[document.querySelector('#front-recovered svg'), ...{marks}].map((node) => node.getBoundingClientRect())"
+    until(page, f"(([all, ...at]) => at[1].y > at[0].y && at[0].y > at[2].y + 0.5 * all.height)({boxes})")
     assert "at the lower edge" in page.locator("#front-recovered").inner_text()
     assert "at the lower edge" not in page.locator("#front-explained").inner_text()
     low, high = front_figure(read_run(run)).axes[0].get_ylim()
@@ -189,9 +204,9 @@ def test_paper_has_the_samples_that_were_opened(opened: Open, small: Path) -> No
     page = opened(small, "#trainer_0/8")
     settled(page)
     page.emulate_media(media="print")
-    assert not page.locator(".piece:has(.band)").is_visible()
+    page.locator(".piece:has(.band)").wait_for(state="hidden")
     page.locator(".band").nth(1).evaluate("node => { node.open = true; }")
-    assert [band.is_visible() for band in page.locator(".band").all()[:3]] == [False, True, False]
+    until(page, lambda: [band.is_visible() for band in page.locator(".band").all()[:3]] == [False, True, False])
 
 
 def test_phone_has_no_horizontal_scroll_of_long_names(opened: Open, tmp_path: Path) -> None:
@@ -205,16 +220,17 @@ def test_phone_has_no_horizontal_scroll_of_long_names(opened: Open, tmp_path: Pa
         path.write_text(json.dumps(config))
     make_analysis(run, ["trainer_0"])
     page = opened(write_report(run))
-    page.set_viewport_size({"width": 390, "height": 844})
+    page.set_viewport_size(PHONE)
     settled(page)
     until(page, "document.documentElement.scrollWidth === 390")
 
 
 def test_phone_shows_the_corpora_in_full(opened: Open, small: Path) -> None:
     page = opened(small, "#trainer_0/8")
-    page.set_viewport_size({"width": 390, "height": 844})
+    page.set_viewport_size(PHONE)
     settled(page)
-    assert page.locator(".scroll:has(.corpora)").evaluate("node => node.scrollWidth <= node.clientWidth")
+    scroll = "document.querySelector('.scroll:has(.corpora)')"
+    until(page, f"innerWidth === 390 && {scroll}.scrollWidth <= {scroll}.clientWidth")
 
 
 def test_latents_of_texts_are_told_by_texts(opened: Open, tmp_path: Path) -> None:
@@ -224,7 +240,7 @@ def test_latents_of_texts_are_told_by_texts(opened: Open, tmp_path: Path) -> Non
     settled(page)
     assert "Jaccard index of the texts" in page.locator("#feature").inner_text()
     page.locator("#feature .where").first.hover()
-    until(page, "document.getElementById('tip').textContent === 'document 0'")
+    until(page, f"{TIP}?.textContent === 'document 0'")
 
 
 def test_search_ranks_names_before_tokens_and_says_why_it_found_what_is_named_otherwise(

@@ -25,6 +25,7 @@ async function columnsOf(index) {
   const features = data.density.length;
   const each = data.fires.length / features;
   data.features = features;
+  data.index = index;
   // The tokens that its best examples peak at, the most frequent first.
   data.fired = (f) => [...data.fires.subarray(f * each, (f + 1) * each)].filter((number) => number > 0).map((number) => tokens[number - 1]);
   data.said = (f) => data.meta.description[f] || data.meta.label[f];
@@ -53,14 +54,21 @@ function reasons(data, f) {
   return fires.length ? tokens(fires.slice(0, 2)) : tokens(promotes.slice(0, 2), 'quiet');
 }
 
+// In how many of its examples a search found what a latent's names lack; 0 where they lack nothing.
+function inTextsAlone(data, f, words = asked(), inTexts = words.map((word) => foundInTexts(data, word))) {
+  const times = inTexts.filter((_, i) => !data.text[f].includes(words[i])).map((latents) => latents?.[f] ?? 0);
+  return times.length ? Math.min(...times) : 0;
+}
+
 // The numbers of the latents that are shown, in order.
 function shownLatents(data) {
   const words = asked();
+  const inTexts = words.map((word) => foundInTexts(data, word));
   const corpus = query.corpus === '' ? null : Number(query.corpus);
   const fits = (f) => {
     if (corpus !== null && data.corpus[f] !== corpus) return false;
     if (query.status === 'alive' ? data.status[f] === 1 : query.status && data.status[f] !== STATUSES.indexOf(query.status)) return false;
-    return words.every((word) => data.text[f].includes(word));
+    return words.every((word, i) => data.text[f].includes(word) || inTexts[i]?.[f]);
   };
   const found = [];
   for (let f = 0; f < data.features; f += 1) if (fits(f)) found.push(f);
@@ -68,10 +76,11 @@ function shownLatents(data) {
   const values = new Map(found.map((f) => [f, column.of(data, f)]));
   const sign = query.down ? -1 : 1;
   const missing = (value) => value === '' || Number.isNaN(value);
-  // As long as no column was chosen, what a latent is called counts before what it fires on, and that before what it promotes.
+  // As long as no column was chosen, what a latent is called counts before what it fires on, that before what it
+  // promotes, and that before its texts, of which many count before few.
   const ranked = words.length > 0 && query.key === 'feature' && !query.down;
   const has = (texts, f) => words.every((word) => texts[f].includes(word));
-  const rank = new Map(found.map((f) => [f, !ranked || has(data.named, f) ? 0 : has(data.own, f) ? 1 : 2]));
+  const rank = new Map(found.map((f) => [f, !ranked || has(data.named, f) ? 0 : has(data.own, f) ? 1 : has(data.text, f) ? 2 : 3 + 1 / (1 + inTextsAlone(data, f, words, inTexts))]));
   const exact = /^\d+$/.test(query.text.trim()) ? Number(query.text) : -1; // a number asked for stands first
   return found.sort((a, b) => {
     if (a === exact || b === exact) return a === exact ? -1 : 1;

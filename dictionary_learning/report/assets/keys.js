@@ -1,12 +1,12 @@
 // The keyboard, and how one gets from the table to a latent and back.
 
 const KEYS = [
-  ['/', 'search the latents'], ['j k or ↓ ↑', 'next, previous latent'], ['Enter', 'from the table into the latent'], ['Esc', 'back to the table; clear the search'],
+  ['/', 'search the latents'], ['x', 'search their texts too, or not'], ['j k or ↓ ↑', 'next, previous latent'], ['Enter', 'from the table into the latent'], ['Esc', 'back to the table; clear the search'],
   ['[ ]', 'previous, next dictionary'], ['c', 'copy the name of the latent'], ['← →', 'along the tokens that an example fires on'], ['t', 'light or dark'], ['?', 'this help'],
 ];
 
 function typing(node) {
-  return node.matches?.('input, select, textarea');
+  return node.matches?.('input:not([type=checkbox]), select, textarea');
 }
 
 function toTable() {
@@ -52,6 +52,7 @@ function onKey(event) {
   if (moves[event.key] && table.data) act(() => step(Math.max(-1e9, Math.min(1e9, moves[event.key]))));
   else if (event.key === 'Enter' && event.target === $('table')) act(() => { $('feature').focus({ preventScroll: true }); bringFeature(); });
   else if (event.key === '/') act(() => { $('search').focus(); });
+  else if (event.key === 'x' && !$('in-texts-label').hidden) act(() => $('in-texts').click());
   else if (event.key === '?') act(() => $('help').showModal());
   else if (event.key === 'c' && $('feature').querySelector('.id')) act(copyName);
   else if (event.key === 't') act(toggleTheme);

@@ -28,14 +28,19 @@ function asJson(bytes) {
   return JSON.parse(new TextDecoder().decode(bytes));
 }
 
-// {meta, and each column by its name}. A column's bytes are transposed: first bytes of all numbers, then second, ...
-function asColumns(bytes) {
+// {meta, and each column by its name, or those that are wanted}. A column's bytes are transposed: first bytes of all
+// numbers, then second, ...
+function asColumns(bytes, wanted = null) {
   const length = new DataView(bytes.buffer).getUint32(0, true);
   const { meta, columns } = asJson(bytes.subarray(4, 4 + length));
   const out = { meta };
   let at = 4 + length;
   for (const [key, type, size] of columns) {
     const width = SIZES[type];
+    if (wanted && !wanted.includes(key)) {
+      at += size * width;
+      continue;
+    }
     const plainBytes = new Uint8Array(size * width);
     for (let k = 0; k < width; k += 1) {
       for (let i = 0; i < size; i += 1) plainBytes[i * width + k] = bytes[at + k * size + i];
@@ -63,7 +68,7 @@ function part(id, read) {
     unpacked.set(id, found);
     return found;
   }
-  const made = bytesOf(id).then(read);
+  const made = bytesOf(id).then((bytes) => read(bytes));
   made.catch(() => unpacked.delete(id));
   unpacked.set(id, made);
   if (unpacked.size > KEPT_PARTS) unpacked.delete(unpacked.keys().next().value);

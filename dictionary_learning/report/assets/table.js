@@ -23,7 +23,9 @@ function cell(column, data, f) {
     case 'label': {
       const state_ = STATUSES[data.status[f]];
       const badge = state_ ? el('span', { class: `badge ${state_}` }, state_) : null;
-      return data.said(f) ? of(badge, el('span', { class: data.meta.description[f] ? 'said' : 'words' }, name(data.said(f))), ' ', ...reasons(data, f)) : of(badge, ...tokens(data.fired(f)));
+      const times = inTextsAlone(data, f);
+      const found = times ? el('span', { class: 'badge found', title: 'examples that hold what was searched for' }, `in ${plural(times, 'text')}`) : null;
+      return data.said(f) ? of(badge, found, el('span', { class: data.meta.description[f] ? 'said' : 'words' }, name(data.said(f))), ' ', ...reasons(data, f)) : of(badge, found, ...tokens(data.fired(f)));
     }
     case 'density': return of(data.density[f] > 0 ? bar(1 + Math.log10(data.density[f]) / 6) : null, el('span', {}, data.density[f] > 0 ? sig(data.density[f], 2) : '0'));
     case 'max': return of(data.density[f] > 0 ? sig(data.max[f], 3) : '–');
@@ -44,6 +46,7 @@ function tableColumns(data) {
 
 function paint() {
   const { data, rows, box, body } = table;
+  if (!data) return; // of another dictionary, on its way
   const from = Math.max(0, Math.floor(box.scrollTop / ROW) - BEYOND);
   const to = Math.min(rows.length, Math.ceil((box.scrollTop + box.clientHeight) / ROW) + BEYOND);
   table.shown = [from, to];
@@ -78,6 +81,7 @@ function sortBy(column) {
 // Search, filter and sort again; where the scroll stays only if asked to.
 function refresh({ keep = false } = {}) {
   const { data, box } = table;
+  if (!data) return;
   table.rows = shownLatents(data);
   $('table').setAttribute('aria-rowcount', table.rows.length + 1);
   const held = box.contains(document.activeElement) ? document.activeElement.closest('[data-key]')?.dataset.key : null;
@@ -85,8 +89,19 @@ function refresh({ keep = false } = {}) {
   if (held) box.querySelector(`[data-key="${held}"] button`)?.focus({ preventScroll: true });
   if (!keep) box.scrollTop = 0;
   paint();
-  const all = table.rows.length === data.features;
-  $('count').textContent = table.rows.length ? `${all ? plural(data.features, 'latent') : `${count(table.rows.length)} of ${plural(data.features, 'latent')}`}` : 'No latent matches.';
+  tellCount();
+  lookIntoTexts();
+}
+
+// How many are shown, and what the texts have to do with it.
+function tellCount() {
+  const { data, rows } = table;
+  const many = rows.length === data.features ? plural(data.features, 'latent') : `${count(rows.length)} of ${plural(data.features, 'latent')}`;
+  const words = asked();
+  const byTexts = $('in-texts').checked ? rows.filter((f) => !words.every((word) => data.text[f].includes(word))).length : 0;
+  const hint = words.length && !$('in-texts').checked && !$('in-texts-label').hidden ? ' Tick “in texts” to search their example texts too.' : '';
+  const reading = texts.reading === data && $('in-texts').checked ? ` · reading their texts, ${num(100 * texts.share)} %` : '';
+  $('count').textContent = (rows.length ? `${many}${byTexts ? `, ${count(byTexts)} by their texts` : ''}` : `No latent matches.${hint}`) + reading;
 }
 
 function reveal(feature) {
@@ -109,11 +124,13 @@ function step(by) {
 // What one begins with: a latent that fires, and not everywhere.
 function chooseFirst() {
   const { data, rows } = table;
+  if (!data) return;
   const first = rows.find((f) => !data.status[f]) ?? rows.find((f) => data.status[f] !== 1) ?? rows[0];
   if (first !== undefined) choose({ feature: first }, { write: null });
 }
 
 async function showTable() {
+  Object.assign(table, { data: null, rows: [] }); // whose latents are not those of the dictionary that is now chosen
   const entry = chosen();
   const there = Boolean(entry.features);
   $('explorer').classList.toggle('none', !there);
@@ -134,7 +151,7 @@ async function showTable() {
     new ResizeObserver(paint).observe(table.box);
     table.body.addEventListener('click', (event) => {
       const row = event.target.closest('.row');
-      if (!row) return;
+      if (!row || !table.data) return;
       choose({ feature: Number(row.dataset.feature) });
       bringFeature();
     });
@@ -159,11 +176,12 @@ function startTable() {
   $('corpus').append(el('option', { value: '' }, 'all corpora'), ...tested.map((label) => el('option', { value: corpora.indexOf(label) }, plain(label))));
   const filter = (key, node) => node.addEventListener('input', () => {
     query[key] = node.value;
-    if (table.data) refresh();
+    refresh();
   });
   filter('text', $('search'));
   filter('corpus', $('corpus'));
   filter('status', $('status'));
+  startTexts();
   watch((changed) => {
     if (changed.includes('dictionary')) showTable();
     else if (changed.includes('feature') && state.feature === null && chosen().features) chooseFirst();

@@ -2,6 +2,8 @@
 
 const told = new WeakMap();
 let tipOf = null;
+let pointer = null; // where it was last
+let pointed = false; // the tooltip is the pointer's, not that of what has the focus
 
 // What follows the pointer tells of the place that it is at: its content is made for how far across the picture that is.
 function tells(node, content, { follow = false } = {}) {
@@ -9,12 +11,13 @@ function tells(node, content, { follow = false } = {}) {
   return node;
 }
 
-function showTip(node, pointer = null) {
+function showTip(node, by = null) {
   const { content, follow } = told.get(node);
   const whole = (node.ownerSVGElement || node).getBoundingClientRect();
-  const at = follow && pointer ? { left: pointer.clientX, width: 0, top: pointer.clientY - 6, bottom: pointer.clientY + 14 } : null;
+  const at = follow && by ? { left: by.clientX, width: 0, top: by.clientY - 6, bottom: by.clientY + 14 } : null;
   const tip = $('tip');
   tipOf = node;
+  pointed = Boolean(by);
   tip.replaceChildren(...content(at ? (at.left - whole.left) / (whole.width || 1) : 1));
   tip.hidden = false;
   const box = at || node.getClientRects()[0] || node.getBoundingClientRect();
@@ -30,13 +33,13 @@ function hideTip() {
   $('tip').hidden = true;
 }
 
-// What it is about may be scrolled, out of sight too.
+// What it is about may be scrolled, out of sight too, or away from the pointer that it follows.
 function followTip() {
   if (!tipOf) return;
   const { top, bottom } = tipOf.getBoundingClientRect();
   if (bottom < 0 || top > innerHeight || !tipOf.isConnected) hideTip();
-  else if (told.get(tipOf).follow) hideTip();
-  else showTip(tipOf);
+  else if (told.get(tipOf).follow && teller(document.elementFromPoint(pointer.clientX, pointer.clientY)) !== tipOf) hideTip();
+  else showTip(tipOf, pointed ? pointer : null);
 }
 
 function teller(target) {
@@ -46,12 +49,16 @@ function teller(target) {
 
 function startTooltips() {
   document.addEventListener('pointerover', (event) => {
+    const rests = pointer && event.clientX === pointer.clientX && event.clientY === pointer.clientY;
+    pointer = event;
+    if (rests && tipOf && !pointed) return; // the page moved below it, as when the focus goes to what is out of sight
     const node = teller(event.target);
     if (node && node !== tipOf) showTip(node, event);
     else if (!node) hideTip();
   });
   // Not only while it is shown: scrolling hides it, and the pointer enters nothing when it moves on over the same picture.
   document.addEventListener('pointermove', (event) => {
+    pointer = event;
     const node = teller(event.target);
     if (node && told.get(node).follow) showTip(node, event);
   });
