@@ -29,7 +29,7 @@ from data_prep.formats import (
     question_of,
 )
 from data_prep.splits import question_key
-from dictionary_learning.errors import UserError, did_you_mean
+from dictionary_learning.errors import CommitError, UserError, did_you_mean
 from dictionary_learning.parquet_files import parquet_rows
 from dictionary_learning.stopping import StoppedWaiting, interruptible, waited_for
 from dictionary_learning.untrusted import spellable
@@ -375,13 +375,12 @@ def hub_rows(
             offline = "offlinemode" in shown.lower().replace(" ", "")
             if isinstance(error, hopeless) or offline or type(error) is ValueError or failures >= retries:
                 tries = "1 try" if failures == 1 else f"{failures:,} tries"
-                at, gone = "", ""
-                if commit is not None:
-                    at, gone = f", commit {commit[:12]}", "; where that is gone, --override takes the newest"
-                raise UserError(
+                at = "" if commit is None else f", commit {commit[:12]}"
+                why = (
                     f"Could not read {hub_path} (split {split}{at}) from the Hub after {tries} ({shown}): check the "
-                    f"network, or work offline with {instead}{gone}."
-                ) from error
+                    f"network, or work offline with {instead}"
+                )
+                raise (UserError(f"{why}.") if commit is None else CommitError(why)) from error
             log.warning("%s: %s; try %d of %d in %g s", hub_path, shown, failures + 1, retries, wait)
         with interruptible():
             time.sleep(wait)

@@ -7,9 +7,10 @@ ValueError. Anything else that escapes is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 USER_ERROR_EXIT = 2
 INTERRUPTED_EXIT = 130
@@ -18,6 +19,23 @@ LONGEST = 2000  # characters of a sentence on the terminal
 
 class UserError(ValueError):
     """Input that can't be used, said in one sentence."""
+
+
+class CommitError(UserError):
+    """A dataset on the Hub that can't be read at the commit that a run began with; `why`, without a full stop."""
+
+    def __init__(self, why: str, instead: str = "--override takes the newest") -> None:
+        super().__init__(f"{why}; where that commit is gone, {instead}.")
+        self.why = why
+
+
+@contextlib.contextmanager
+def instead_of_commit(advice: str) -> Iterator[None]:
+    """Inside a command that has no --override, a `CommitError` gives this advice in its place."""
+    try:
+        yield
+    except CommitError as error:
+        raise CommitError(error.why, advice) from error
 
 
 def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted.") -> int:

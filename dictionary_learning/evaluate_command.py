@@ -18,7 +18,7 @@ import tyro
 
 from dictionary_learning import storage
 from dictionary_learning.command_line import parse
-from dictionary_learning.errors import UserError, did_you_mean, exit_code
+from dictionary_learning.errors import UserError, did_you_mean, exit_code, instead_of_commit
 
 if TYPE_CHECKING:
     from dictionary_learning.analysis.subjects import Subject, Subjects
@@ -62,6 +62,7 @@ class EvaluateArgs:
     """JSON file to write the metrics to."""
 
 
+@instead_of_commit("give another text as --corpus")
 def run_command(args: EvaluateArgs) -> int:
     """Run parsed arguments: 0, or 1 where `--verify` found a difference.
 

@@ -23,7 +23,7 @@ from dictionary_learning.activations.shards import COMPLETE, FORMAT, MANIFEST, V
 from dictionary_learning.command_line import parse
 from dictionary_learning.corpus import Text, TextStream
 from dictionary_learning.demo_args import load_demo_config, names_sentence_encoder
-from dictionary_learning.errors import UserError, did_you_mean, exit_code, print_error
+from dictionary_learning.errors import UserError, did_you_mean, exit_code, instead_of_commit, print_error
 
 if TYPE_CHECKING:
     from dictionary_learning.activations.language_model import LanguageModelActivations, TracedLM
@@ -360,6 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(lambda: run_command(args), "Interrupted: the same command goes on with this harvest.")
 
 
+@instead_of_commit("a new folder as --out takes the newest")
 def run_command(args: HarvestArgs) -> int:
     """Run parsed arguments. Raises UserError."""
     from dictionary_learning.activations.publish import card, check_licence, push_harvest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import json
 import shlex
 import shutil
 import subprocess
@@ -46,7 +47,8 @@ def run_record(config: RunConfig, lm: TracedLM, corpus: Corpus, device: Any) -> 
         "config": config.to_dict(),
         "corpus_fingerprint": corpus.fingerprint,
         **({"corpus_commits": dict(corpus.commits)} if corpus.commits else {}),
-        "model": storage.finite(lm.config) | {"tokenizer": tokenizer_digest(lm.tokenizer)},
+        "model": storage.finite(lm.config)
+        | {"tokenizer": tokenizer_digest(lm.tokenizer), **folder_digest(config.model_name)},
         "device": str(device),
         "versions": package_versions(),
         "git_revision": git_revision(),
@@ -58,6 +60,18 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """What tells a tokenizer from another: its vocabulary, and what it makes of a text of all kinds of characters."""
     known = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBE)["input_ids"], tokenizer.all_special_ids]
     return hashlib.sha256(repr(known).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def folder_digest(model_name: str) -> dict[str, str]:
+    """{"config": what tells one config.json of a local model folder from another}, which says what the weights don't
+    (the activation function, the epsilon of norms); empty for a model by name, whose commit says it all."""
+    file = Path(model_name) / "config.json"
+    if model_name == "embedded" or not file.is_file():
+        return {}
+    said = storage.read_json(file)
+    for name in ("_name_or_path", "transformers_version"):  # where it lay, and what wrote it
+        said.pop(name, None)
+    return {"config": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]}
 
 
 class Commits(NamedTuple):
@@ -121,9 +135,11 @@ def check_resumable(save_dir: Path, config: RunConfig, record: dict[str, Any], o
     found = [d for d in differences(was.to_dict(), config.to_dict()) if not _is_longer(d)]
     changed = refuse(f"The run in '{save_dir}'", found, override)
     weights, tokenizer = record["model"]["weights"], record["model"]["tokenizer"]
+    settings = record["model"].get("config")
     for what, before, now in (
         (f"The weights of '{config.model_name}' have", old["model"].get("weights"), weights),
         (f"The tokenizer of '{config.model_name}' has", old["model"].get("tokenizer", tokenizer), tokenizer),
+        (f"The config.json of '{config.model_name}' has", old["model"].get("config", settings), settings),
         (f"The corpus '{config.corpus}' has", old.get("corpus_fingerprint"), record["corpus_fingerprint"]),
     ):
         if before != now and not override:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch.distributed.run
@@ -99,8 +99,19 @@ def flags() -> dict[str, set[str]]:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed) as parsed:
             patch.setattr(tyro, "cli", take)
             main([command])
-        fields = [f for f in dataclasses.fields(parsed.value.args[0]) if "Positional" not in str(f.type)]
-        found[command] = {f"--{f.name}" for f in fields} | {f"--no_{f.name}" for f in fields if f.type == "bool"}
+        found[command] = flags_of(parsed.value.args[0])
+    return found
+
+
+def flags_of(settings: Any) -> set[str]:
+    """Those of a dataclass, and of the dataclasses in it."""
+    found = set()
+    marked = get_type_hints(settings, include_extras=True)
+    for name, kind in get_type_hints(settings).items():
+        if dataclasses.is_dataclass(kind):
+            found |= flags_of(kind)
+        elif "Positional" not in str(marked[name]):
+            found |= {f"--{name}", f"--no_{name}"} if kind is bool else {f"--{name}"}
     return found
 
 
