@@ -107,7 +107,7 @@ class TextStream:
                 yield text
             if not found:
                 part = "" if self.split == "all" else f" in its {self.split} part"
-                raise UserError(f"Corpus '{self.corpus.name}' holds no text{part}: choose another corpus or split.")
+                raise UserError(f"Corpus '{self.corpus.name}' holds no text{part}: give more texts or another corpus.")
             self.epoch, self.position = self.epoch + 1, 0
 
     def _one_epoch(self) -> Iterator[Text]:

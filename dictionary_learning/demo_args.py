@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from dictionary_learning.config import Preset, RunConfig, Sweep, config_from_dict, load_config, resolve
+from dictionary_learning.distributed.ranks import silent
 from dictionary_learning.errors import UserError, did_you_mean
 
 ENCODERS = ("language_model", "sentence")
@@ -16,21 +17,12 @@ _SENTENCE = ("encoder", "level", "prompt", "normalize_embeddings")
 _SWEPT = ("layers", "site", "hook_points", "architectures", "widths", "seeds", "learning_rates")
 
 
-@dataclass
-class DemoArgs:
-    """Train a sweep of dictionaries on one stream of a language model's or a sentence encoder's activations."""
+@dataclass(kw_only=True)
+class Model:
+    """What to read activations from: the boxes of the help are named as these classes are."""
 
-    save_dir: Path
-    """Folder of the run: new, empty, or with --resume that of an interrupted run."""
-    preset: str = "embedded"
-    """Model, corpus and sizes that fit together, from demo_config.py: embedded, gpt2, gemma-2-2b, sentence."""
-    config: Path | None = None
-    """A .yaml, .json or run.json with a whole run configuration, in place of preset and sweep."""
     model_name: str | None = None
     """A model on the Hub or a local folder, in place of the preset's."""
-    corpus: str | None = None
-    """Text to train on: a file, a folder (.jsonl, .parquet, .txt, or raw medical QA records), hf://user/name,
-    'medical_qa' (the six corpora on the Hub) or 'embedded'."""
     encoder: str | None = None
     """What the model is: language_model, or sentence (a sentence-transformers model). Left out, it follows from the
     preset, a model_name below sentence-transformers/, or a folder with a modules.json."""
@@ -40,12 +32,39 @@ class DemoArgs:
     """Of a sentence encoder: what to put before every text (left out, the model's own default)."""
     normalize_embeddings: bool = False
     """Of a sentence encoder: scale embeddings to unit length, whether or not the model does."""
+    dtype: str | None = None
+    """Of the model: float32 or bfloat16."""
     layers: tuple[int, ...] | None = None
     """Layers to train on."""
     site: str = "resid_post"
     """Where in a layer: resid_post, resid_pre, mlp_out, mlp_in, attn_out, attn_in."""
     hook_points: tuple[str, ...] | None = None
     """Hook points by name (mlp_out_layer_3) or module path (model.layers.3.mlp:out), in place of layers and site."""
+
+
+@dataclass(kw_only=True)
+class Data:
+    """What is read, and in which order."""
+
+    corpus: str | None = None
+    """Text to train on: a file, a folder (.jsonl, .parquet, .txt, or raw medical QA records), hf://user/name,
+    'medical_qa' (the six corpora on the Hub) or 'embedded'."""
+    num_tokens: int | None = None
+    """Activations to train on: tokens, or embeddings of texts."""
+    ctx_len: int | None = None
+    """Tokens in a context; of a sentence encoder, those at which a text is cut."""
+    buffer_contexts: int | None = None
+    """Contexts' worth of activations that the buffer mixes."""
+    seed: int | None = None
+    """Of the order of the documents and the mixing of the buffer."""
+    read_ahead: int | None = None
+    """Batches of contexts that a thread tokenises ahead (default: 2 on CUDA, else 0); the results are the same."""
+
+
+@dataclass(kw_only=True)
+class Dictionary:
+    """What to train at each hook point."""
+
     architectures: tuple[str, ...] | None = None
     """Architectures of the sweep to train."""
     widths: tuple[int, ...] | None = None
@@ -54,59 +73,90 @@ class DemoArgs:
     """Of the initial weights; every dictionary of the sweep is trained once with each."""
     learning_rates: tuple[float, ...] | None = None
     """Peak learning rates; left out, a rule fits it to width and length."""
-    num_tokens: int | None = None
-    """Activations to train on: tokens, or embeddings of texts."""
+
+
+@dataclass(kw_only=True)
+class Training:
+    """How to train, and where."""
+
     batch_size: int | None = None
     """Activations in a training step."""
-    ctx_len: int | None = None
-    """Tokens in a context; of a sentence encoder, those at which a text is cut."""
-    buffer_contexts: int | None = None
-    """Contexts' worth of activations that the buffer mixes."""
-    eval_tokens: int | None = None
-    """Held-out activations to evaluate on."""
-    dtype: str | None = None
-    """Of the model: float32 or bfloat16."""
     encoder_dtype: str | None = None
     """Of the dictionaries' encoder product in sparse steps, whose codes stay exact: fp32, tf32 (CUDA) or bf16."""
     device: str = "auto"
     """auto (cuda, mps, cpu: the first that is there), cpu, cuda, cuda:1, mps."""
+    shard_latents: bool = False
+    """On several ranks (torchrun): split the latents of every dictionary over them, in place of whole dictionaries."""
     max_temperature: float | None = None
     """Pause between steps while the GPU is hotter than this (degrees Celsius, told by NVML)."""
     resume_temperature: float | None = None
     """Until it is below this (default: 10 degrees less)."""
-    seed: int | None = None
-    """Of the order of the documents and the mixing of the buffer."""
-    log_steps: int | None = None
-    """Steps between log entries (default: 50 entries a run)."""
     profile: bool = False
     """Tell where ten steps spend their time; with a trace in SAVE_DIR/profile."""
+
+
+@dataclass(kw_only=True)
+class Evaluation:
+    """What is found out about the trained dictionaries."""
+
+    eval_tokens: int | None = None
+    """Held-out activations to evaluate on."""
+    report: bool = True
+    """Analyse the dictionaries worth reading (of each architecture the sparsest that is hardly worse than its best),
+    and make report.html."""
+
+
+@dataclass(kw_only=True)
+class Saving:
+    """What is kept to go on from."""
+
     save_checkpoints: bool = False
     """Keep checkpoints of every dictionary at four points, spaced as powers of ten."""
     state_every: int | None = None
     """Steps between saved states (default: a fifth of the run; 0: only when the run ends or is stopped)."""
+    resume: bool = False
+    """Go on with the interrupted run in save_dir, whose settings need not be given again; with more --num_tokens, make
+    a run longer."""
+    override: bool = False
+    """With --resume: allow other settings, another corpus or other weights of the model than the run began with."""
+
+
+@dataclass(kw_only=True)
+class Logging:
+    """What is told while it trains."""
+
+    log_steps: int | None = None
+    """Steps between log entries (default: 50 entries a run)."""
     use_wandb: bool = False
     """Log each dictionary as a run of Weights & Biases (WANDB_MODE=offline works without a network)."""
     wandb_project: str = "sae-factory"
     """Project of Weights & Biases."""
     wandb_entity: str = ""
     """User or team there (default: your own)."""
-    report: bool = True
-    """Analyse the dictionaries worth reading (of each architecture the sparsest that is hardly worse than its best),
-    and make report.html."""
+
+
+@dataclass(kw_only=True)
+class Hub:
+    """Where the finished run goes."""
+
     hf_repo_id: str | None = None
     """Repository on the Hugging Face Hub (user/name) to push the finished run to; made if it does not exist."""
     hf_private: bool = False
     """Make that repository private."""
+
+
+@dataclass
+class DemoArgs(Model, Data, Dictionary, Training, Evaluation, Saving, Logging, Hub):
+    """Train a sweep of dictionaries on one stream of a language model's or a sentence encoder's activations."""
+
+    save_dir: Path
+    """Folder of the run: new, empty, or with --resume that of an interrupted run."""
+    preset: str = "embedded"
+    """Model, corpus and sizes that fit together, from demo_config.py: embedded, gpt2, gemma-2-2b, sentence."""
+    config: Path | None = None
+    """A .yaml, .json or run.json with a whole run configuration, in place of preset and sweep."""
     dry_run: bool = False
     """Print the plan (sizes, and the time by a ten-second probe) and stop."""
-    shard_latents: bool = False
-    """On several ranks (torchrun): split the latents of every dictionary over them, in place of whole dictionaries."""
-    resume: bool = False
-    """Go on with the interrupted run in save_dir; with more --num_tokens, make a run longer."""
-    override: bool = False
-    """With --resume: allow other settings, another corpus or other weights of the model than the run began with."""
-    read_ahead: int | None = None
-    """Batches of contexts that a thread tokenises ahead (default: 2 on CUDA, else 0); the results are the same."""
     overwrite: bool = False
     """Replace a run that save_dir holds."""
 
@@ -133,6 +183,10 @@ def resolve_config(args: DemoArgs) -> RunConfig:
         )
         if getattr(args, name) is not None
     }
+    if args.resume and not _describes(args) and (args.save_dir / "run.json").is_file():
+        if not silent():
+            print(f"Going on with the settings of {args.save_dir / 'run.json'}.")
+        return config_from_dict({**load_config(args.save_dir / "run.json").to_dict(), **given}, "run.json")
     if args.config is not None:
         swept = [n for n in (*_SWEPT, *_SENTENCE) if getattr(args, n) not in (None, (), False, DemoArgs.site)]
         if swept:
@@ -162,6 +216,15 @@ def resolve_config(args: DemoArgs) -> RunConfig:
         seeds=args.seeds,
         learning_rates=args.learning_rates,
         **given,
+    )
+
+
+def _describes(args: DemoArgs) -> bool:
+    """Whether the command line says what the run is to be, but for its length."""
+    what = [f.name for group in (Model, Data, Dictionary) for f in fields(group)]
+    what += ["batch_size", "encoder_dtype", "eval_tokens", "preset", "config"]
+    return any(
+        getattr(args, name) != getattr(DemoArgs, name) for name in what if name not in ("num_tokens", "read_ahead")
     )
 
 

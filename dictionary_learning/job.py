@@ -188,13 +188,19 @@ class Job:
     def publish(self, run: TrainingRun, report: bool, hf_repo_id: str | None, hf_private: bool) -> int:
         """What is done with a run that was evaluated: its report, and the push. The exit code of the whole."""
         from dictionary_learning import hub
+        from dictionary_learning.report import FILE as REPORT
         from dictionary_learning.run_report import again, report_run
 
         if report and self.ranks.first:
             if ranked.on_one_machine():
-                report_run(self.config, self.save_dir, self.lm, str(self.ranks.device))
+                if stopped := report_run(self.config, self.save_dir, self.lm, str(self.ranks.device)):
+                    if hf_repo_id:
+                        print(f"It was not pushed:\n  {hub.push_command(self.save_dir, hf_repo_id, hf_private)}")
+                    return EXIT_CODES[stopped]
             else:  # the launchers of the other machines would wait for it, and call the run a failed one
                 print(f"Analysis and report are made on one machine: {again(self.save_dir)}")
+        elif self.ranks.first and (self.save_dir / REPORT).is_file():
+            print(f"{self.save_dir / REPORT} was made before this: {again(self.save_dir)}")
         if hf_repo_id and self.ranks.first and not hub.push_finished_run(self.save_dir, hf_repo_id, hf_private):
             return hub.PUSH_FAILED_EXIT
         return INCOMPLETE_EXIT if run.stopped else 0

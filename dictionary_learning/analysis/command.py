@@ -12,9 +12,10 @@ import tyro
 
 from dictionary_learning.analysis.folder import COMPLETE, INFO, AnalysisFolder
 from dictionary_learning.command_line import parse
-from dictionary_learning.errors import UserError, did_you_mean, exit_code
+from dictionary_learning.errors import UserError, did_you_mean, exit_code, instead_of_commit
 
 INTERRUPTED = "Interrupted: the same command goes on from the last saved state."
+ANOTHER_TEXT = "give another text as --corpus (and --overwrite, where there is an analysis of the old one)"
 _SPLITS = ("all", "train", "heldout")
 
 
@@ -73,6 +74,7 @@ class AnalyzeArgs:
     """Print what would be done, with the memory and disk space that it takes, and stop."""
 
 
+@instead_of_commit(ANOTHER_TEXT)
 def run_command(args: AnalyzeArgs) -> int:
     """Run parsed arguments: 0, 130 or 143 when stopped. Raises UserError."""
     from dictionary_learning import record

@@ -21,6 +21,7 @@ from dictionary_learning.analysis.description_prompts import Material
 from dictionary_learning.analysis.descriptions import Outcome, describe_features, estimate, whole_prompt
 from dictionary_learning.analysis.endpoint import ChatEndpoint
 from dictionary_learning.analysis.folder import DESCRIPTIONS, AnalysisFolder
+from dictionary_learning.analysis.subjects import trained_on
 from dictionary_learning.command_line import parse
 from dictionary_learning.errors import UserError, exit_code
 
@@ -68,6 +69,12 @@ def run_command(args: DescribeArgs) -> int:
     _check(args)
     folder = AnalysisFolder.open(args.source)
     name = _dictionary(folder, args.dictionary)
+    run = folder.path.parent
+    if (run / "run.json").is_file() and name in trained_on(run, folder.info["dictionaries"]):
+        raise UserError(
+            f"{name} was trained on since it was analysed: make the analysis again with "
+            f"`sae-factory analyze {run} --overwrite`."
+        )
     material = Material(folder, name, args.seed)
     features = _features(folder, name, material, args)
     if args.dry_run:

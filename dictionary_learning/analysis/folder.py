@@ -164,9 +164,14 @@ class AnalysisFolder:
     def folder(self, name: str) -> Path:
         """Where the files of a dictionary are. Raises UserError for one that was not analysed."""
         if name not in self.names:
+            run = self.path.parent
+            more = (
+                f"; add it with `sae-factory analyze {run} --dictionaries {' '.join([*self.names, name])} --overwrite`."
+                if (run / name / "config.json").is_file() and (run / "run.json").is_file()
+                else "." + did_you_mean(name, self.names)
+            )
             raise UserError(
-                f"The analysis in '{self.path}' has no dictionary '{name}', but {', '.join(self.names) or 'none'}."
-                f"{did_you_mean(name, self.names)}"
+                f"The analysis in '{self.path}' has no dictionary '{name}', but {', '.join(self.names) or 'none'}{more}"
             )
         return self.path / name
 

@@ -111,7 +111,7 @@ class Intervention:
                 raise UserError(f"Mode '{self.mode}' takes no value, got {value}.")
             return
         if value is None:
-            raise UserError(f"Mode '{self.mode}' needs a value.")
+            raise UserError(f"Mode '{self.mode}' needs a value: add one (--value), such as 2.")
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise UserError(f"The value of mode '{self.mode}' must be a finite number, got {value!r}.")
         if self.mode in FACTORS and value <= 0:

@@ -68,6 +68,7 @@ def analyze(
     overwrite: bool = False,
     state_every: int | None = None,
     dry_run: bool = False,
+    automatic: bool = False,
     lm: Any = None,
 ) -> AnalysisFolder:
     """Analyse dictionaries on text, or go on with the analysis that is there; its folder, complete.
@@ -80,6 +81,7 @@ def analyze(
         overwrite: drop an analysis of other settings that is there.
         state_every: batches between saved states; by default a fifth of the pass, 0 saves one only when stopped.
         dry_run: print what would be done and what that takes, and leave the folder as it is.
+        automatic: it is made for the report of a run, and gives way to one of other settings without `overwrite`.
         lm: the model, where it is in memory already.
 
     Raises:
@@ -110,11 +112,20 @@ def analyze(
     corpora = open_corpora(corpus or [subjects.config.corpus], against, pinned)
     lm = load_reader(subjects, torch_device, lm)
     header = _header(subjects, lm, corpora, len(against), measures)
-    if begun is not None and begun["status"] != COMPLETE and not storage.saved_states(folder.path / STATE):
-        overwrite = True  # it failed before anything was measured: nothing binds this one to its settings
+    header |= {"automatic": True} if automatic else {}
     if begun is not None and not overwrite:
-        _check_same(folder, begun, header)
-        if begun["status"] == COMPLETE:
+        differing = _differing(begun, header)
+        if begun["status"] != COMPLETE and not storage.saved_states(folder.path / STATE):
+            overwrite = True  # it failed before anything was measured: nothing binds this one to its settings
+        elif differing and begun.get("automatic"):
+            overwrite = True
+        elif differing:
+            said = "is complete, of" if begun["status"] == COMPLETE else "began with"
+            raise UserError(
+                f"The analysis in '{folder.path}' {said} other settings ({', '.join(differing)}): give the same, "
+                "another folder as --out, or --overwrite."
+            )
+        elif begun["status"] == COMPLETE:
             return folder
     one_pass = OnePass(subjects, lm, corpora, measures)
     if dry_run:
@@ -305,20 +316,15 @@ def _header(
     }
 
 
-def _check_same(folder: AnalysisFolder, begun: dict[str, Any], header: dict[str, Any]) -> None:
-    """Refuse to go on with an analysis of another kind. Raises UserError, which names what differs."""
+def _differing(begun: dict[str, Any], header: dict[str, Any]) -> list[str]:
+    """Names of the settings in which an analysis that began is of another kind."""
 
     def identity(info: dict[str, Any]) -> dict[str, Any]:
         entries = [tuple(map(entry.get, ("name", "weights", "hook_point"))) for entry in info["dictionaries"]]
         return {**info["settings"], "dictionaries": entries, "model": info.get("model", {}).get("weights")}
 
     before, now = identity(begun), identity(header)
-    differing = [key for key in now if before.get(key) != now[key]]
-    if differing:
-        raise UserError(
-            f"The analysis in '{folder.path}' began with other settings ({', '.join(differing)}): give the same, "
-            "another folder as --out, or --overwrite."
-        )
+    return [key for key in now if before.get(key) != now[key]]
 
 
 def _clear(folder: AnalysisFolder, begun: dict[str, Any] | None, header: dict[str, Any]) -> None:

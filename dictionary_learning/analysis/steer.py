@@ -253,6 +253,12 @@ def _units(args: SteerArgs, subjects: Subjects, subject: Subject) -> float | lis
     from dictionary_learning.analysis.folder import AnalysisFolder
 
     folder = AnalysisFolder.open(subjects.run)
+    analysed = {entry["name"]: entry.get("weights") for entry in folder.info["dictionaries"]}
+    if analysed.get(subject.name) not in (None, subject.facts["weights"]):
+        raise UserError(
+            f"{subject.name} was trained on since it was analysed: make the analysis again with "
+            f"`sae-factory analyze {subjects.run} --overwrite`, or give --value alone."
+        )
     largest_F = folder.table(subject.name)["max"]
     units = [float(largest_F[check_feature(subject.dictionary, feature)]) for feature in args.features]
     for feature, unit in zip(args.features, units, strict=True):

@@ -7,9 +7,10 @@ left out they were trained, so that what is measured is what they were made for.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -104,7 +105,8 @@ def load_subjects(
         path = local_folder(str(source), None, None)
         name = path.name if (path.parent / "run.json").is_file() else parse_reference(str(source)).repo_id.split("/")[1]
     elif not path.exists():
-        near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        beside = list(path.parent.iterdir()) if path.parent.is_dir() else []
+        near = [entry.name for entry in beside if _files_in(entry) & {"run.json", "config.json"}]
         raise UserError(
             f"There is no run or dictionary at '{source}': give a folder, or hf://user/repo."
             + did_you_mean(path.name, near)
@@ -139,6 +141,27 @@ def load_subjects(
     )
     on_hub = str(source).startswith("hf://")
     return Subjects(subjects, changed, None if on_hub else run, None if model_name else digest)
+
+
+def weights_digest(dictionary: Dictionary) -> str:
+    """What an analysis knows the weights of a dictionary by."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(dictionary.state_dict().items()):
+        digest.update(f"{key}{tuple(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def trained_on(run: Path, analysed: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of dictionaries of a run whose weights are no longer those that were analysed, by the entries of an
+    analysis.json; without those that are gone or can't be read."""
+    ours, changed = formats.FORMATS["dictionary_learning"], []
+    for entry in analysed:
+        folder = run / entry["name"]
+        if entry.get("weights") and any(needed <= _files_in(folder) for needed in ours.files):
+            with contextlib.suppress(UserError):
+                if weights_digest(ours.read(folder)[0]) != entry["weights"]:
+                    changed.append(entry["name"])
+    return changed
 
 
 def load_reader(subjects: Subjects, device: Any, loaded: Any = None) -> TracedLM | SentenceEncoder:
@@ -250,9 +273,6 @@ def _subject(name: str, dictionary: Dictionary, config: dict[str, Any], where: P
     site = _site(point, buffer.get("io"), dictionary.is_transcoder)
     stored = where / "eval_results.json"
     results = read_json(stored) if stored.is_file() else None
-    digest = hashlib.sha256()
-    for key, tensor in sorted(dictionary.state_dict().items()):
-        digest.update(f"{key}{tuple(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes())
     facts = {
         "name": name,
         "hook_point": point,
@@ -262,7 +282,7 @@ def _subject(name: str, dictionary: Dictionary, config: dict[str, Any], where: P
         "sparsity": _sparsity(trainer),
         "activation_dim": dictionary.activation_dim,
         "dict_size": dictionary.dict_size,
-        "weights": digest.hexdigest()[:16],
+        "weights": weights_digest(dictionary),
     }
     return Subject(name, site, dictionary, facts, results if isinstance(results, dict) else None)
 

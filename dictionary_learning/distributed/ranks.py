@@ -265,7 +265,7 @@ def rank_exit_code(command: Callable[[], int | None], interrupted: str = "Interr
             return code
         except UserError as error:
             alone = not isinstance(error, OfAllRanks)
-            if not _silent() or not _only_here(error):
+            if not silent() or not _only_here(error):
                 raise
             stack.enter_context(contextlib.redirect_stderr(aloud))
             raise UserError(f"On rank {os.environ['RANK']}: {error}") from error
@@ -273,7 +273,7 @@ def rank_exit_code(command: Callable[[], int | None], interrupted: str = "Interr
     aloud = sys.stderr
     with open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
         stack.enter_context(_time_to_say_so())
-        if _silent():
+        if silent():
             stack.enter_context(_all_into(nowhere))
         code = exit_code(speaking_for_itself, interrupted)
     if not alone or (dist.is_initialized() and dist.get_backend() == "gloo"):
@@ -323,7 +323,8 @@ def _world() -> int:
     return int(given) if given.isdecimal() else 1
 
 
-def _silent() -> bool:
+def silent() -> bool:
+    """Whether another rank speaks for this process, which is known before the ranks have met."""
     return os.environ.get("RANK", "0") != "0" and _world() > 1
 
 

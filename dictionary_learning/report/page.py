@@ -21,12 +21,14 @@ import numpy as np
 
 from dictionary_learning import __version__
 from dictionary_learning.analysis.folder import AnalysisFolder
+from dictionary_learning.analysis.subjects import trained_on
 from dictionary_learning.analysis.types import Examples
 from dictionary_learning.errors import UserError, did_you_mean
 from dictionary_learning.report.data import RunData, read_run
 from dictionary_learning.report.details import Source
 from dictionary_learning.report.features import ALL, Parts, corpora_of, fitting_parts, read_source
 from dictionary_learning.report.parts import compressed, element, packed_json
+from dictionary_learning.untrusted import listed
 
 MAX_MB = 60.0
 STYLES = ("page.css", "sections.css", "feature.css", "print.css")
@@ -42,6 +44,7 @@ SCRIPTS = (  # in this order
     "head.js",
     "dictionaries.js",
     "columns.js",
+    "texts.js",
     "table.js",
     "examples.js",
     "feature.js",
@@ -114,6 +117,9 @@ def _analysis(folder: Path, data: RunData) -> tuple[AnalysisFolder | None, list[
         data.notes.append({"kind": "warning", "text": text, "command": command})
         return None, []
     known = [name for name in analysis.names if name in data.names]
+    if old := trained_on(folder, [entry for entry in analysis.info["dictionaries"] if entry["name"] in known]):
+        text = f"{listed(old)}: trained on since the analysis, which tells of the weights before. To make it again:"
+        data.notes.append({"kind": "warning", "text": text, "command": f"{command} --overwrite"})
     return analysis, [read_source(analysis, name) for name in known]
 
 
