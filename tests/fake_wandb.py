@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HANGS = 60.0  # seconds, unless it is released before
 CALLS = ("setup", "init", "define_metric", "log", "log_artifact", "wait", "finish")
 
 
@@ -29,7 +28,7 @@ class FakeWandb:
     """The part of the package that is used here.
 
     Args:
-        hangs_at, fails_at: one of `CALLS`. after: this many calls of that kind go well before.
+        hangs_at, fails_at: one of `CALLS`; what hangs does till `released` is set. after: so many calls go well before.
     """
 
     def __init__(self, server: Server, *, hangs_at: str = "", fails_at: str = "", after: int = 0) -> None:
@@ -43,7 +42,7 @@ class FakeWandb:
         if self.calls.count(name) <= self.after:
             return
         if name == self.hangs_at:
-            self.released.wait(HANGS)
+            self.released.wait()
         if name == self.fails_at:
             raise ConnectionError("401: the key planted-" + "k" * 33 + " is not valid")
 

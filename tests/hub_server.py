@@ -86,6 +86,7 @@ class HubServer:
         self.slow: dict[str, float] = {}
         self.meanwhile: dict[str, Callable[[], object]] = {}
         self.cut: dict[str, int] = {}
+        self.cutting = threading.Lock()
         self.lfs: tuple[str, ...] = ()
         self.objects: dict[str, bytes] = {}  # sha256 -> what LFS holds
         self.requests: list[str] = []
@@ -127,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._hang_up()
         body = self.rfile.read(length)
         for part in [part for part in self.hub.meanwhile if part in path]:
-            self.hub.meanwhile.pop(part)()
+            self.hub.meanwhile.pop(part, lambda: None)()
         if (seconds := self.hub.takes(self.hub.slow, path)) is not None:
             time.sleep(seconds)
         if (status := self.hub.takes(self.hub.refuse, path)) is not None:
@@ -317,10 +318,11 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _cuts(self, path: str) -> bool:
-        for part, times in self.hub.cut.items():
-            if part in path and times > 0:
-                self.hub.cut[part] -= 1
-                return True
+        with self.hub.cutting:  # each cut is of one answer
+            for part, times in self.hub.cut.items():
+                if part in path and times > 0:
+                    self.hub.cut[part] -= 1
+                    return True
         return False
 
     def _hang_up(self) -> None:

@@ -67,7 +67,7 @@ def test_one_command_trains_and_measures(here: Path, capsys: pytest.CaptureFixtu
     dictionary, saved = load_dictionary("run/trainer_0")
     pooled = PooledMetrics(dictionary)
     pooled.update(split_rows(activations(), 0.1)[1])
-    assert pooled.result().mse == pytest.approx(results()["mse"])
+    assert pooled.result().mse == pytest.approx(results()["mse"], rel=1e-5)
     assert saved["trainer"]["best_step"] == results()["best_step"] > 0
     assert load_sae_config(Path("run/config.yaml")) == load_sae_config(Path("config.yaml"))
     assert json.loads(Path("run/run.json").read_text())["status"] == "complete"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ import pytest
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
+Config = pytest.importorskip("traitlets.config").Config
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,12 +44,22 @@ def execute(folder: Path, environment: Mapping[str, str] | None = None, **settin
         os.environ.update(environment)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     os.environ["OMP_NUM_THREADS"] = "1"  # on a busy machine, threads that wait for each other cost more than they give
+    # Sockets of this folder: a free TCP port may be somebody else's by the time that the kernel binds it.
+    short = Path(tempfile.mkdtemp(dir="/tmp" if os.path.isdir("/tmp") else None))  # their paths may have 107 characters
+    ours = Config({"KernelManager": {"transport": "ipc", "connection_file": str(short / "kernel.json")}})
     try:
         client = nbclient.NotebookClient(
-            notebook, timeout=500, kernel_name="python3", record_timing=False, resources={"metadata": {"path": folder}}
+            notebook,
+            config=ours,
+            timeout=500,
+            startup_timeout=500,
+            kernel_name="python3",
+            record_timing=False,
+            resources={"metadata": {"path": folder}},
         )
         return client.execute()
     finally:
+        shutil.rmtree(short, ignore_errors=True)
         os.environ.clear()
         os.environ.update(before)
 

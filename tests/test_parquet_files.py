@@ -208,8 +208,9 @@ def test_threads_of_the_decoder_take_nothing_of_what_a_file_may(stack: str, tmp_
         "types = {'n': pyarrow.int32()};"
         "print({parquet_columns(Path(sys.argv[1]), types, pyarrow.int32()).num_rows for _ in range(5)})"
     )
-    shell = f'ulimit -s {stack}; exec "$0" "$@"'
-    ran = subprocess.run(["sh", "-c", shell, sys.executable, "-c", program, file], capture_output=True, text=True)
+    command = ["sh", "-c", f'ulimit -s {stack}; exec "$0" "$@"', sys.executable, "-c", program, file]
+    root = Path(parquet_files.__file__).parents[1]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert (ran.stdout, ran.stderr) == ("{200000}\n", "")
 
 

@@ -61,11 +61,9 @@ def threads() -> list[threading.Thread]:
 
 
 def wait_for(condition) -> bool:
-    for _ in range(10_000):  # the machine may be busy
-        if condition():
-            return True
+    while not condition():  # pytest's timeout says that it never comes
         time.sleep(0.01)
-    return False
+    return True
 
 
 def full(ahead: ReadAhead) -> bool:
@@ -156,7 +154,7 @@ ahead = ReadAhead(Endless(), 2)
 print(next(ahead))
 """
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=150)
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "1", "")
 
 

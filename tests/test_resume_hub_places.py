@@ -24,9 +24,8 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{shard}.parquet", row_group_size=20)
     files = [str(tmp_path / f"{shard}.parquet") for shard in range(SHARDS)]
     load = datasets.load_dataset
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *_, **__: load("parquet", data_files=files, split="train", streaming=True)
-    )
+    local: dict[str, Any] = {"data_files": files, "split": "train", "streaming": True, "cache_dir": str(tmp_path / "c")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: load("parquet", **local))
     monkeypatch.setattr(sources, "PLACE_ROWS", 30)
     begun: list[Any] = []
     true_open = sources.open_hub_split

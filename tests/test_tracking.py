@@ -246,7 +246,7 @@ def wandb_records(path: Path) -> Iterator[bytes]:
 
 def finished_runs(folder: Path, count: int) -> dict[str, dict[str, Any]]:
     """`saved_runs`, once wandb's service has written `count` runs to their end; it writes on after `finish`."""
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 500
     while time.monotonic() < deadline:
         runs = saved_runs(folder)
         if sum("exit" in run for run in runs.values()) == count:

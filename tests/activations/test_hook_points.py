@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -128,5 +129,6 @@ def test_naming_hook_points_does_not_import_the_heavy_libraries():
         "import sys, dictionary_learning.activations as a; a.parse_hook_point('resid_post_layer_1'); "
         "print([m for m in ('nnsight', 'transformers') if m in sys.modules])"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    root = Path(__file__).parents[2]
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"

@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
             stub.most_at_once = max(stub.most_at_once, stub.at_once)
             failure = stub.failures.pop(0) if stub.failures else stub.always
         if stub.together is not None:
-            stub.together.wait(60)
+            stub.together.wait()
         time.sleep(stub.delay if failure is None else failure.delay)
         with stub.lock:
             stub.at_once -= 1

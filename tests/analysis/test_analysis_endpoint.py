@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
-from description_cases import WORDS, write_analysis
+from description_cases import WORDS
 from openai_stub import ChatStub, Failure, knows
 
 from dictionary_learning.analysis.describe import main
@@ -20,12 +22,6 @@ KEY = "test-0123456789-SECRET"
 ANOTHER_KEY = "sk-0123456789abcdef"  # which a careless server might tell
 
 
-@pytest.fixture(autouse=True)
-def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.delenv("SAE_FACTORY_API_KEY", raising=False)
-
-
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tries follow each other at once."""
@@ -33,23 +29,6 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         ChatEndpoint, "__init__", lambda *args, **kwargs: made(*args, **kwargs | {"first_pause": 0.001})
     )
-
-
-@pytest.fixture
-def analysis(tmp_path: Path) -> AnalysisFolder:
-    return write_analysis(tmp_path / "run" / "analysis")
-
-
-@pytest.fixture
-def stub() -> Iterator[ChatStub]:
-    with ChatStub(knows) as server:
-        yield server
-
-
-@pytest.fixture
-def describe(analysis: AnalysisFolder, stub: ChatStub) -> Callable[..., int]:
-    """The command on the analysis and the stub, with further arguments."""
-    return lambda *more: main([str(analysis.path), "--endpoint", stub.url, "--model", "stub", *more])
 
 
 # ---------------------------------------------------------------------------------------------- what goes wrong
@@ -91,11 +70,22 @@ def test_pauses_grow_and_follow_what_the_server_asks(stub: ChatStub, monkeypatch
 
 @pytest.mark.usefixtures("no_pauses")
 def test_a_slow_answer_times_out_and_is_tried_again(
-    describe: Callable[..., int], analysis: AnalysisFolder, stub: ChatStub
+    describe: Callable[..., int], analysis: AnalysisFolder, stub: ChatStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stub.failures = [Failure(delay=10.0)]
-    assert describe("--features", "0", "--no-score", "--timeout", "1") == 0
-    assert len(stub.requests) > 1
+    post = ChatEndpoint._post
+
+    def patient_from_then_on(self: ChatEndpoint, body: Any) -> bytes:
+        try:
+            return post(self, body)
+        finally:
+            while stub.failures:  # the first request has not taken it yet
+                time.sleep(0.01)
+            self._timeout = 60.0  # the second answer comes at once, but for how busy the machine is
+
+    monkeypatch.setattr(ChatEndpoint, "_post", patient_from_then_on)
+    stub.failures = [Failure(delay=30.0)]
+    assert describe("--features", "0", "--no-score", "--timeout", "0.3") == 0
+    assert len(stub.requests) == 2
     assert analysis.descriptions("trainer_0")[0]["description"] == "fracture"
 
 
@@ -174,9 +164,10 @@ def test_an_unknown_model_and_a_closed_port_are_one_sentence(
 ) -> None:
     assert main([str(analysis.path), "--endpoint", stub.url, "--model", "gtp"]) == 2
     assert re.search(r"There is no model 'gtp' at http.*does not exist", capsys.readouterr().err)
-    with ChatStub() as closed:
-        url = closed.url
-    assert main([str(analysis.path), "--endpoint", url, "--model", "stub"]) == 2
+    with socket.socket() as closed:  # the port is taken, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+        assert main([str(analysis.path), "--endpoint", url, "--model", "stub"]) == 2
     assert re.search(r"There is no connection to http.*refused", capsys.readouterr().err)
 
 

@@ -162,12 +162,14 @@ def test_values_in_multiples_of_the_largest_activation_come_from_the_analysis(
         run = tmp_path
 
     class Table:
+        info: dict[str, Any] = {"dictionaries": [{"name": "trainer_0", "weights": "1f"}]}
+
         def table(self, name: str) -> dict[str, Any]:
             assert name == "trainer_0"
             return {"max": torch.arange(F).numpy() * 0.5}
 
     class Subject:
-        name, dictionary = "trainer_0", sae
+        name, dictionary, facts = "trainer_0", sae, {"weights": "1f"}
 
     monkeypatch.setattr(AnalysisFolder, "open", lambda path: Table())
     args = module.SteerArgs("x", features=(4, 6), mode="set", value=2.0, relative=True)

@@ -23,7 +23,8 @@ from dictionary_learning.weights_and_biases import read_marker
 
 FOUND = sorted((Path(__file__).parent / "found").iterdir())
 WITHOUT_SHRINKING = (Phase.explicit, Phase.generate)  # a seed has no simpler one
-SHORT = settings(max_examples=8, phases=WITHOUT_SHRINKING, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FINE = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+SHORT = settings(max_examples=8, phases=WITHOUT_SHRINKING, suppress_health_check=FINE)
 every_target = pytest.mark.parametrize("name", TARGETS)
 
 

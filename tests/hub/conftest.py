@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dictionary_learning import demo
+from dictionary_learning import demo, hub_client, hub_load
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +23,11 @@ SWEEP = Sweep(architectures=("top_k", "jump_relu"),
 """
 SMALL = "--layers 1 --num_tokens 4096 --batch_size 256 --widths 64 --buffer_contexts 48 --eval_tokens 600".split()
 SMALL += ["--no-report"]
+PATIENCE = 500  # seconds, with the Hub on this machine
+PATIENT = f"""
+from dictionary_learning import hub_client, hub_load
+hub_client.REACH_SECONDS = hub_load.REACH_SECONDS = {PATIENCE}
+"""  # so begins the program of a process that is to have it too
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +65,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for module in (hub_client, hub_load):  # it always answers, on a busy machine later
+        monkeypatch.setattr(module, "REACH_SECONDS", PATIENCE)
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        monkeypatch.setattr(constants, name, PATIENCE)
     clock = SimpleNamespace(**vars(http.time) | {"sleep": lambda seconds: None})  # the client's waits between its tries
     monkeypatch.setattr(http, "time", clock)
     monkeypatch.setattr(file_download, "time", clock)
@@ -75,4 +84,5 @@ def fresh_process(hub_url: str, home: Path, **more: str) -> dict[str, Any]:
     dropped = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     ours = {"HF_ENDPOINT": hub_url, "HF_TOKEN": HubServer.token, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    ours |= dict.fromkeys(("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"), str(PATIENCE))
     return kept | ours | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more

@@ -15,11 +15,11 @@ from dictionary_learning import AutoEncoder, AutoEncoderTopK, JumpReluAutoEncode
 from dictionary_learning.errors import UserError
 from dictionary_learning.hub import push_run
 from dictionary_learning.hub_load import parse_reference, pull_dictionary
-from tests.hub.conftest import SMALL, fresh_process
+from tests.hub.conftest import PATIENT, SMALL, fresh_process
 from tests.hub_server import HubServer, Repo
 
 REPO = "user/first"
-EVALUATE_AGAIN = """
+EVALUATE_AGAIN = f"""{PATIENT}
 import json, sys
 import torch
 from dictionary_learning import demo, evaluate_dictionaries, load_dictionary, open_corpus

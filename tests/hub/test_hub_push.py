@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,10 +19,18 @@ from dictionary_learning import hub as hub_module
 from dictionary_learning.cli import main as cli
 from dictionary_learning.errors import UserError
 from dictionary_learning.hub import push_run
-from tests.hub.conftest import SMALL, fresh_process
+from tests.hub.conftest import PATIENT, SMALL, fresh_process
 from tests.hub_server import HubServer, Pull
 
 REPO = "user/first"
+ADDS_UP_WAITS = """
+import atexit, sys, time
+waits = []
+time.sleep = waits.append
+atexit.register(lambda: print(sum(waits)))
+from dictionary_learning.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
 TRAINER = ("ae.safetensors", "config.json", "eval_results.json")
 
 
@@ -163,7 +170,7 @@ def test_a_refusal_is_one_sentence_without_the_token_and_the_head_stays(
 def test_a_connection_cut_in_the_middle_of_a_file_is_tried_again(hub: HubServer, run: Path) -> None:
     hub.cut["/storage/"] = 2
     push_run(run, REPO)
-    assert hub.cut["/storage/"] == 0 and whole(hub.repos[f"models/{REPO}"].files)
+    assert hub.cut["/storage/"] <= 0 and whole(hub.repos[f"models/{REPO}"].files)
 
 
 def test_a_lost_answer_to_the_commit_is_found_to_be_done_by_the_same_command(hub: HubServer, run: Path) -> None:
@@ -176,16 +183,18 @@ def test_a_lost_answer_to_the_commit_is_found_to_be_done_by_the_same_command(hub
 
 @pytest.mark.parametrize("place", ["/storage/", "/commit/"])
 def test_killed_in_the_middle_the_same_command_finishes(hub: HubServer, run: Path, tmp_path: Path, place: str) -> None:
-    command = [sys.executable, "-m", "dictionary_learning", "push", str(run), REPO]
+    script = f"{PATIENT}\nimport sys\nfrom dictionary_learning.cli import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "push", str(run), REPO]
     environment = fresh_process(hub.url, tmp_path / "home")
-    hub.slow[place] = 60.0
+    hub.slow[place] = 1e6  # nothing of what it asked for there ever happens
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 150
-    while not any(place in request for request in hub.requests):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    try:
+        while not any(place in request for request in hub.requests):
+            assert process.poll() is None
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
     assert hub.repos[f"models/{REPO}"].files == {}, "the head is what it was"
     hub.slow.clear()
     push_run(run, REPO)
@@ -257,20 +266,21 @@ def test_without_a_network_the_run_is_whole_and_the_command_for_later_works(
 
 @pytest.mark.parametrize("kind", ["refused", "silent", "offline"])
 def test_no_network_is_said_soon(run: Path, tmp_path: Path, kind: str) -> None:
-    """A whole process, its start included; `silent` is an address that takes the call and never answers."""
+    """A whole process with the waits between its tries, which are added up: no clock tells on a busy machine.
+
+    `silent` is an address that takes the call and never answers; the client by itself would wait for ever."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1] if kind == "silent" else 9
         more = {"HF_HUB_OFFLINE": "1"} if kind == "offline" else {}
         environment = fresh_process(f"http://127.0.0.1:{port}", tmp_path / "home", **more)
-        began = time.monotonic()
-        command = [sys.executable, "-m", "dictionary_learning", "push", str(run), REPO]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert time.monotonic() - began < 100  # ten on an idle machine; the client by itself waits for ever
-    assert done.returncode == 2 and "Traceback" not in done.stderr
+        command = [sys.executable, "-c", ADDS_UP_WAITS, "push", str(run), REPO]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)  # it ends by itself
+    assert done.returncode == 2 and "Traceback" not in done.stderr and float(done.stdout) < 5
     (sentence,) = done.stderr.strip().splitlines()
-    expected = {"refused": "ConnectError", "silent": "Timeout", "offline": "HF_HUB_OFFLINE forbids the network"}[kind]
+    refused = "no connection to http://127.0.0.1:9"
+    expected = {"refused": refused, "silent": "Timeout", "offline": "HF_HUB_OFFLINE forbids the network"}[kind]
     assert sentence.startswith(f"Error: Could not push to {REPO}: ") and expected in sentence
     assert HubServer.token not in done.stdout + done.stderr
 

@@ -56,7 +56,6 @@ torch.save(result, sys.argv[1])
 """
 
 
-@pytest.mark.timeout(400)
 def test_the_fused_step_is_the_step_in_passes(tmp_path: Path) -> None:
     import torch
 
@@ -66,7 +65,7 @@ def test_the_fused_step_is_the_step_in_passes(tmp_path: Path) -> None:
             "SAE_FACTORY_KERNELS": kernels, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])
         }  # fmt: skip
         file = tmp_path / kernels
-        subprocess.run([sys.executable, "-c", SCRIPT, str(file)], env=environment, check=True, timeout=380)
+        subprocess.run([sys.executable, "-c", SCRIPT, str(file)], env=environment, check=True)
         found[kernels] = torch.load(file, weights_only=True)
     assert found["cpu"].keys() == found["triton"].keys()
     for name, tensor in found["cpu"].items():

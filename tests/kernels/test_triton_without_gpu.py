@@ -22,7 +22,6 @@ pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-@pytest.mark.timeout(400)
 def test_kernels_are_right_in_the_interpreter() -> None:
     """In a process of its own: TRITON_INTERPRET is read when Triton is imported, and changes it for good."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
@@ -74,7 +73,6 @@ class Compiled:
         self.assembly = found.asm["ptx"]
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes the compiler's place")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize(
