@@ -173,6 +173,10 @@ def _read_run(run_dir: Path) -> tuple[dict[str, Any], RunConfig, list[dict[str, 
     if missing or status not in ("complete", "stopped: end of stream"):
         why = f"{missing[0]} is missing" if missing else f"run.json says '{status}'"
         raise UserError(f"The run in '{run_dir}' is not finished ({why}): go on with it with --resume, then push.")
+    root = run_dir.resolve()
+    for name in ["run.json", "summary.csv", *wanted, *OPTIONAL_FILES]:
+        if not (run_dir / name).resolve().is_relative_to(root):  # a stranger's run may point at anything of ours
+            raise UserError(f"'{run_dir / name}' is a link out of the run: put what is to be pushed there itself.")
     rows = read_summary(run_dir / "summary.csv")
     if sorted(row["trainer"] for row in rows) != sorted(f"trainer_{i}" for i in range(len(config.dictionaries))):
         raise UserError(f"summary.csv and run.json in '{run_dir}' list different dictionaries: one is of another run.")

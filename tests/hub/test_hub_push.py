@@ -217,6 +217,17 @@ def test_a_run_that_is_not_whole_is_refused_before_the_hub_is_asked(hub: HubServ
     assert not any("/api/" in request for request in hub.requests)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "trainer_1/config.json", "trainer_0"])
+def test_what_a_run_points_at_is_not_pushed(hub: HubServer, run: Path, tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "theirs"
+    shutil.copytree(run, theirs)
+    (theirs / name).rename(tmp_path / "mine")
+    (theirs / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=f"{name}.*' is a link out of the run"):
+        push_run(theirs, REPO)
+    assert hub.repos == {}
+
+
 def test_what_can_be_known_before_the_training_is_said_before_it(
     hub: HubServer, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
