@@ -18,7 +18,7 @@ demo: venv
 test: venv
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 || { [ $$? = 1 ] && $(AGAIN); }
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 || { [ $$? = 1 ] && $(AGAIN); }
 
 # Our exports in the real sae_lens and sparsify, and theirs here; skipped where those can't be installed.
 test-interop:

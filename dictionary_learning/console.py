@@ -81,7 +81,7 @@ def print_summary(rows: Sequence[dict[str, Any]], save_dir: Path) -> None:
     for row in rows:
         table.add_row(
             "*" if row["front"] else "",
-            row["trainer"],
+            f"{row['trainer']} (stopped)" if row.get("stopped") else row["trainer"],
             row["architecture"],
             row["sparsity"],
             str(row["width"]),

@@ -178,7 +178,8 @@ def test_the_main_job_reports_a_dictionary_that_stopped(
     monkeypatch.setattr(demo, "make_trainers", make_trainers)
     assert job("run", dictionaries=CONFIG["dictionaries"]) == 0
     why = f"its loss was NaN or infinite at step {BAD}"
-    assert f"trainer_0 ended early, {why}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"trainer_0 ended early, {why}" in said and "trainer_0 (stopped)" in said
     record = json.loads(Path("run/run.json").read_text())
     assert record["stopped_dictionaries"] == {"trainer_0": why} and record["status"] == "complete"
     rows = {row["trainer"]: row for row in csv.DictReader(Path("run/summary.csv").open())}
