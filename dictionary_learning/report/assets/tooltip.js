@@ -38,7 +38,7 @@ function followTip() {
   if (!tipOf) return;
   const { top, bottom } = tipOf.getBoundingClientRect();
   if (bottom < 0 || top > innerHeight || !tipOf.isConnected) hideTip();
-  else if (told.get(tipOf).follow && teller(document.elementFromPoint(pointer.clientX, pointer.clientY)) !== tipOf) hideTip();
+  else if (pointed && told.get(tipOf).follow && teller(document.elementFromPoint(pointer.clientX, pointer.clientY)) !== tipOf) hideTip();
   else showTip(tipOf, pointed ? pointer : null);
 }
 
