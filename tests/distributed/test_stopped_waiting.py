@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import stopped_rank
 import torch
-from rank_launching import free_port, rank_environment
+from rank_launching import run_ranks
 from safetensors.torch import load_file
 
 from dictionary_learning import demo
@@ -95,23 +93,10 @@ def test_all_ranks_hear_that_the_first_stopped_waiting_and_it_may_go_on() -> Non
 def test_a_signal_during_a_wait_ends_all_ranks_with_a_state_to_go_on_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, port = tmp_path / "run", free_port()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), "7", *ARGUMENTS, "--save_dir", str(run)],
-            env=rank_environment(rank, 2, port, SAE_FACTORY_RANK_TIMEOUT="600"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=LIMIT)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [143, 143], "\n".join(said)
+    run = tmp_path / "run"
+    ended = run_ranks([str(WORKER), "7", *ARGUMENTS, "--save_dir", str(run)], 2, LIMIT)
+    said = [rank.said for rank in ended]
+    assert [rank.code for rank in ended] == [143, 143], "\n".join(said)
     asked = re.search(r"asked to end behind step (\d+)", said[0])
     assert asked is not None, said[0]
     record = json.loads((run / "run.json").read_text())

@@ -4,14 +4,12 @@ The ranks are started once (a start costs seconds) and write down what they foun
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rank_launching import free_port, rank_environment
+from rank_launching import run_ranks
 
 WORKER = Path(__file__).with_name("two_ranks.py")
 START_LIMIT = 900  # seconds, on a very busy machine
@@ -21,23 +19,9 @@ pytestmark = pytest.mark.timeout(START_LIMIT + 100)
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank wrote down."""
-    folder, port = tmp_path_factory.mktemp("two_ranks"), free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder)],
-            env=rank_environment(rank, 2, port, SAE_FACTORY_RANK_TIMEOUT="600"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=START_LIMIT)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    folder = tmp_path_factory.mktemp("two_ranks")
+    ended = run_ranks([str(WORKER), str(folder)], 2, START_LIMIT)
+    assert [rank.code for rank in ended] == [0, 0], "\n".join(rank.said for rank in ended)
     return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(2)]
 
 
