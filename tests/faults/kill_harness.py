@@ -54,8 +54,11 @@ def begin(folder: Path, config: Path, resume: bool, read_ahead: int) -> int:
         with open(folder.with_suffix(".log"), "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        import torch
+
         from dictionary_learning import demo
 
+        torch.set_num_threads(1)  # once here, or threads of the forked process make PyTorch's pool at the same time
         arguments = ["--save_dir", str(folder), "--config", str(config), "--state_every", str(STATE_EVERY)]
         arguments += ["--device", "cpu", "--log_steps", "1", "--read_ahead", str(read_ahead), "--no-report"]
         code = demo.main([*arguments, *(["--resume"] if resume else [])])
