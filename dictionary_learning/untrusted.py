@@ -121,6 +121,11 @@ def listed(names: Sequence[object], most: int = 20) -> str:
     return ", ".join([*map(shown, names[:most]), *more]) or "none"
 
 
+def names_folder(value: object) -> bool:
+    """Whether a value from a file can name a folder right below another one."""
+    return isinstance(value, str) and value not in ("", ".", "..") and len(value) <= 100 and not set(value) & {*"/\\\0"}
+
+
 def rows_allowance(file: Path) -> int:
     """Characters that the rows of a file may have: a reader may hold many of them at once, as to shuffle them."""
     return ROOM // 4 + ROW_TIMES * file.stat().st_size

@@ -19,7 +19,7 @@ import numpy as np
 from dictionary_learning.analysis.types import Examples, FeatureStatistics, Probes
 from dictionary_learning.errors import UserError, did_you_mean
 from dictionary_learning.storage import atomic_file, atomic_path, finite, read_json, write_json
-from dictionary_learning.untrusted import shown
+from dictionary_learning.untrusted import names_folder, shown
 
 VERSION = 1
 RUNNING, COMPLETE = "running", "complete"
@@ -96,7 +96,9 @@ class AnalysisFolder:
         if not isinstance(info, dict) or "version" not in info:
             raise UserError(f"'{path}' does not describe an analysis: it should hold an object with a version.")
         if info["version"] != VERSION:
-            raise UserError(f"'{path}' is of version {info['version']!r}, not {VERSION}, which this program reads.")
+            raise UserError(
+                f"'{path}' is of version {shown(info['version'])}, not {VERSION}, which this program reads."
+            )
         for name, kind in (("status", str), ("settings", dict), ("unit", str), ("dictionaries", list)):
             if not isinstance(info.get(name), kind):
                 raise UserError(f"'{path}' is damaged: its '{name}' should be a {kind.__name__}.")
@@ -137,6 +139,9 @@ class AnalysisFolder:
         arrays, facts = self._arrays(name, STATISTICS, _ARRAYS)
         top, samples = self.examples(name)
         measured: dict[str, Any] = {field: arrays[field] for field in _ARRAYS}
+        kinds = {name: type(value) for name, value in facts.items()} if isinstance(facts, dict) else {}
+        if kinds != {"rows": int, "documents": int, "corpora": list}:
+            raise UserError(f"'{self.path / name / STATISTICS}' is damaged: it does not say what was counted.")
         return FeatureStatistics(**facts, **measured, top=top, samples=samples, probes=self.probes(name))
 
     def probes(self, name: str) -> Probes | None:
@@ -297,8 +302,8 @@ _ARRAYS = [
 
 
 def _is_name(name: Any) -> bool:
-    """Whether it can name a folder right below the analysis: what stands in analysis.json decides where we write."""
-    return isinstance(name, str) and name not in ("", ".", "..", STATE) and not set(name) & set("/\\\0")
+    """Whether it can name the folder of a dictionary: what stands in analysis.json decides where we write."""
+    return names_folder(name) and name != STATE
 
 
 def _readable(path: Path, read: Callable[[Path], _Read]) -> _Read:

@@ -19,6 +19,7 @@ from typing import Any
 
 from dictionary_learning import storage
 from dictionary_learning.errors import UserError
+from dictionary_learning.untrusted import names_folder
 
 POINTS = 150  # of a training curve
 QUALITIES = {"frac_recovered": "front_recovered", "frac_variance_explained": "front_explained"}
@@ -274,11 +275,12 @@ def _summary_rows(path: Path) -> dict[str, dict[str, Any]]:
     return {
         str(row["trainer"]): {key: value if key in words else _number(value) for key, value in row.items()}
         for row in rows
+        if names_folder(row["trainer"])
     }
 
 
 def _log_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that name a dictionary; one cut short by a crash is passed over."""
+    """The lines of metrics.jsonl that name a dictionary's folder; one cut short by a crash is passed over."""
     if not path.is_file():
         return []
     rows = []
@@ -288,7 +290,7 @@ def _log_rows(path: Path) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(row, dict) and isinstance(row.get("trainer"), str):
+            if isinstance(row, dict) and names_folder(row.get("trainer")):
                 rows.append(row)
     except OSError as error:
         raise UserError(f"'{path}' can't be read: {error.strerror or error}.") from error

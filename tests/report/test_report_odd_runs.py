@@ -52,6 +52,16 @@ def test_broken_off_run_is_told_by_its_log(run: Path) -> None:
     assert write_report(run).is_file()
 
 
+@pytest.mark.parametrize("name", ["../mine", "/etc", "..", "trainer_" + "9" * 5000])
+def test_what_names_no_folder_of_the_run_is_no_dictionary(run: Path, name: str) -> None:
+    make_run(run.parent / "mine")
+    (run.parent / "mine" / "config.json").write_text('{"trainer": {"architecture": "of mine"}}')
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write("\n" + json.dumps({"trainer": name, "step": 1, "tokens": 1, "loss": 1.0}))
+    (run / "summary.csv").write_text(f"trainer,l0\n{name},3\ntrainer_0,8\n")
+    assert read_run(run).names == ["trainer_0", "trainer_1", "trainer_2"]
+
+
 def test_report_needs_nothing_but_run_json(run: Path) -> None:
     for path in [*run.glob("trainer_*"), run / "metrics.jsonl"]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
