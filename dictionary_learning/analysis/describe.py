@@ -70,7 +70,8 @@ def run_command(args: DescribeArgs) -> int:
     folder = AnalysisFolder.open(args.source)
     name = _dictionary(folder, args.dictionary)
     run = folder.path.parent
-    if (run / "run.json").is_file() and name in trained_on(run, folder.info["dictionaries"]):
+    own = [entry for entry in folder.info["dictionaries"] if entry["name"] == name]
+    if (run / "run.json").is_file() and trained_on(run, own):
         raise UserError(
             f"{name} was trained on since it was analysed: make the analysis again with "
             f"`sae-factory analyze {run} --overwrite`."
